@@ -1,0 +1,1 @@
+"""tip_kernels: measure, select, learn."""
