@@ -1,0 +1,62 @@
+"""What every public function says about a bad argument: its name, the form expected, and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """A short account of a value for an error message: a tensor's shape, dtype and device, else its repr."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def expect(ok: bool, name: str, expected: str, got: object) -> None:
+    """Raises ValueError `NAME: expected EXPECTED, got GOT` unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+
+
+def finite_number(name: str, value: object, *, positive: bool = False) -> float:
+    """value as a float; refused unless it is a finite int or float, and above 0 where asked."""
+    expected = "a finite number above 0" if positive else "a finite number"
+    expect(isinstance(value, (int, float)) and not isinstance(value, bool), name, expected, value)
+    expect(math.isfinite(value) and (value > 0 or not positive), name, expected, value)
+    return float(value)
+
+
+def flat_rows(name: str, value: Tensor, batch_shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...],
+              device: torch.device) -> Tensor:
+    """A per-row tensor given as (N,) or in the batch's own shape, as (N,)."""
+    n_rows = math.prod(batch_shape)
+    shapes = " or ".join(str(s) for s in dict.fromkeys([tuple(batch_shape), (n_rows,)]))
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    ok = isinstance(value, Tensor) and value.dtype in dtypes and tuple(value.shape) in ((n_rows,), tuple(batch_shape))
+    expect(ok, name, f"a {names} tensor of shape {shapes}", value)
+    expect(value.device == device, name, f"a tensor on {device}", value)
+    return value.reshape(n_rows)
+
+
+def row_temperature(value: object, batch_shape: tuple[int, ...], device: torch.device) -> float | Tensor:
+    """A temperature as a positive float, or as a detached fp32 (N,) tensor (its values are checked on a CPU only)."""
+    if not isinstance(value, Tensor):
+        return finite_number("temperature", value, positive=True)
+    flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float()
+    if flat.device.type == "cpu":
+        ok = bool((torch.isfinite(flat) & (flat > 0)).all())
+        expect(ok, "temperature", "finite values above 0", value)
+    return flat
+
+
+def workspace_bytes(value: object) -> int:
+    """workspace_mib as bytes."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
+    expect(ok, "workspace_mib", "a number of MiB, at least 1", value)
+    return int(value * 2**20)

@@ -1,0 +1,53 @@
+"""Which code runs the sweeps: Triton kernels, or tiled torch ("eager")."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from tip_kernels._checks import expect
+
+NAMES = ("eager", "triton")
+ENVIRONMENT = "TIP_KERNELS_BACKEND"
+_requested: ContextVar[str | None] = ContextVar("tip_kernels_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Overrides, inside a with block, the choice of backend by device.
+
+    name  "eager" or "triton". The environment variable TIP_KERNELS_BACKEND does the same for a whole process; the
+          context manager wins over it. A backward runs on its forward's backend, wherever it is called.
+
+    Raises ValueError for another name, and where the work starts if Triton cannot run there: an explicit request
+    never falls back. Triton on a CPU needs TRITON_INTERPRET=1 before the first import.
+    """
+    expect(name in NAMES, "backend", "'eager' or 'triton'", name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend that work on this device takes now."""
+    name = _requested.get() or os.environ.get(ENVIRONMENT) or None
+    expect(name in (None, *NAMES), ENVIRONMENT, "'eager' or 'triton'", name)
+    installed = importlib.util.find_spec("triton") is not None
+    if name is None:
+        return "triton" if installed and device.type == "cuda" else "eager"
+    if name == "triton":
+        if not installed:
+            raise ValueError("backend: 'triton' was asked for, but triton is not installed: pip install triton")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                "backend: 'triton' was asked for with tensors on the cpu, which needs TRITON_INTERPRET=1 set before "
+                "triton is first imported (the interpreter is slow: for tests), or tensors on a GPU"
+            )
+    return name

@@ -1,0 +1,142 @@
+r"""The accumulator: what one read of a row's logits must leave behind, and how two such states become one.
+
+Half-exponent form. With z the logits in nats, x = z log2(e) / 2, k = max x, u = x - k, h = 2^u, e = h^2, c = 2 ln 2:
+
+    L = sum e                 lse = c k + ln L
+    A = sum e u               entropy = ln L - c A / L
+    D_t = sum e_t (u_t - u_s) KL(t||s) = c D_t / L_t + ln(L_s / L_t)            D_s is the mirror
+    Q = sum (h_t - h_s)^2     1 - sum sqrt(p_t p_s) = (Q - (sqrt L_t - sqrt L_s)^2) / (2 sqrt(L_t L_s))
+
+D and Q accumulate differences, so nearly equal rows do not cancel. A state recentres exactly: when k grows by -d, with
+r = 2^d and a = r^2 (the L on the right are the old ones)
+
+    A <- a (A + d L)                         D_t <- a_t (D_t + (d_t - d_s) L_t)
+    Q <- r_t r_s Q + (r_t - r_s) (r_t L_t - r_s L_s)                            L <- a L
+
+so states merge associatively: recentre to the larger k, then add. A banned token (z = -inf) is clamped to FLOOR and
+its differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes KL(t||s)
+infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
+
+R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOOR = -(2.0**100)
+HALF_LOG2E = 0.5 / math.log(2.0)  # x per nat of z
+NATS = 2.0 * math.log(2.0)  # nats per unit of x: the c above
+
+State = dict[str, Tensor]  # each field fp32 (P, R) or, merged, (R,)
+
+
+class Fold:
+    """Folds pairs of logit tiles into states; holds the scratch buffers of one (R, C) tile size."""
+
+    def __init__(self, n_rows: int, n_cols: int, want: frozenset[str], device: torch.device) -> None:
+        pair = bool(want & {"kl_fwd", "kl_rev", "hellinger_sq"})
+        self.want = want
+        self.entropy = {model: f"entropy_{model}" in want for model in "st"}
+        self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(3 if pair else 2)]
+
+    def __call__(self, x_s: Tensor, x_t: Tensor | None) -> State:
+        """The state of one tile; x_s and x_t are half-exponent logits (R, C), fp32, and are overwritten."""
+        banned = [_clamp_banned(x) for x in (x_s, x_t) if x is not None]
+        scratch, *h = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
+        state: State = {}
+        for model, x, h_x in zip("st", (x_s, x_t), h, strict=False):
+            if x is not None:
+                k = x.amax(1, keepdim=True)
+                state[f"k_{model}"] = k.squeeze(1)
+                torch.exp2(x.sub_(k), out=h_x)
+        if "hellinger_sq" in self.want:
+            torch.sub(h[1], h[0], out=scratch)
+            state["Q"] = scratch.mul_(scratch).sum(1)
+        for model, u, h_x in zip("st", (x_s, x_t), h, strict=False):
+            if u is not None:
+                e = h_x.mul_(h_x)
+                state[f"L_{model}"] = e.sum(1)
+                if self.entropy[model]:
+                    state[f"A_{model}"] = torch.mul(e, u, out=scratch).sum(1)
+        if x_t is None or not self.want & {"kl_fwd", "kl_rev"}:
+            return state
+        gap = x_t.sub_(x_s)
+        state["ban_s"], state["ban_t"] = torch.zeros_like(state["k_s"]), torch.zeros_like(state["k_s"])
+        if any(b is not None for b in banned):
+            ban_s, ban_t = (torch.zeros_like(gap, dtype=torch.bool) if b is None else b for b in banned)
+            gap.masked_fill_(ban_s | ban_t, 0.0)
+            state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
+        if "kl_fwd" in self.want:
+            state["D_t"] = torch.mul(h[1], gap, out=scratch).sum(1)
+        if "kl_rev" in self.want:
+            state["D_s"] = torch.mul(h[0], gap, out=scratch).sum(1).neg_()
+        return state
+
+
+def _clamp_banned(x: Tensor) -> Tensor | None:
+    """Clamps x to FLOOR and tells where it was banned; None if nowhere, which only a CPU can ask without waiting."""
+    if x.device.type == "cpu" and bool(x.amin() > FLOOR):  # False with a NaN, so that its neighbours are still clamped
+        return None
+    mask = x <= FLOOR
+    x.clamp_(min=FLOOR)
+    return mask
+
+
+def merge(parts: list[State]) -> State:
+    """One state from the states of a row's parts, in their order; associative."""
+    if len(parts) == 1:
+        return parts[0]
+    p = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    out: State = {}
+    d, r, a = {}, {}, {}
+    for model in "st":
+        if f"k_{model}" in p:
+            k = p[f"k_{model}"]
+            out[f"k_{model}"] = k.amax(0)
+            d[model] = k - out[f"k_{model}"]
+            r[model] = torch.exp2(d[model])
+            a[model] = r[model] * r[model]
+            out[f"L_{model}"] = (a[model] * p[f"L_{model}"]).sum(0)
+            if f"A_{model}" in p:
+                out[f"A_{model}"] = (a[model] * (p[f"A_{model}"] + d[model] * p[f"L_{model}"])).sum(0)
+    for model, other in (("t", "s"), ("s", "t")):
+        if f"D_{model}" in p:
+            shifted = p[f"D_{model}"] + (d[model] - d[other]) * p[f"L_{model}"]
+            out[f"D_{model}"] = (a[model] * shifted).sum(0)
+    if "Q" in p:
+        drift = (r["t"] - r["s"]) * (r["t"] * p["L_t"] - r["s"] * p["L_s"])
+        out["Q"] = (r["t"] * r["s"] * p["Q"] + drift).sum(0)
+    for flag in ("ban_s", "ban_t"):
+        if flag in p:
+            out[flag] = p[flag].amax(0)
+    return out
+
+
+def finish(state: State) -> dict[str, Tensor]:
+    """The statistics of merged states: every TokenStats field whose sums are there, with shift and logsum."""
+    out: dict[str, Tensor] = {}
+    for model in "st":
+        if f"k_{model}" in state:
+            k, total = state[f"k_{model}"], state[f"L_{model}"]
+            logsum = torch.where(k > FLOOR, total.log(), torch.nan)  # k = FLOOR: nothing but banned tokens
+            out[f"shift_{model}"], out[f"logsum_{model}"] = NATS * k, logsum
+            out[f"lse_{model}"] = NATS * k + logsum
+            if f"A_{model}" in state:
+                out[f"entropy_{model}"] = logsum - NATS * state[f"A_{model}"] / total
+    for field, model, other in (("kl_fwd", "t", "s"), ("kl_rev", "s", "t")):
+        if f"D_{model}" in state:
+            total, total_other = state[f"L_{model}"], state[f"L_{other}"]
+            log_ratio = torch.log1p((total_other - total) / total)
+            kl = (NATS * state[f"D_{model}"] / total + log_ratio).clamp_(min=0.0)
+            kl = torch.where(state[f"ban_{other}"] > 0, torch.inf, kl)
+            out[field] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, kl)
+    if "Q" in state:
+        root_s, root_t = state["L_s"].sqrt(), state["L_t"].sqrt()
+        drift = (state["L_t"] - state["L_s"]) / (root_t + root_s)
+        hellinger_sq = ((state["Q"] - drift * drift) / (2 * root_s * root_t)).clamp_(0.0, 1.0)
+        out["hellinger_sq"] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, hellinger_sq)
+    return out

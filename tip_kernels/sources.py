@@ -1,0 +1,184 @@
+"""Where logits come from: the only place that turns hidden states into logit tiles.
+
+    z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)        without the softcap where it is None
+
+N rows (tokens), R rows of a block, V vocabulary, C columns of a tile, H hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from tip_kernels._checks import FLOATS, expect, finite_number
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A language-model head that is applied tile by tile, so that its logits never exist as a whole.
+
+        z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)
+
+    hidden      (N, H) or (B, T, H), float32, bfloat16 or float16; the states that predict each row's next token
+    weight      (V, H), hidden's dtype (under autocast both are taken in autocast's dtype)
+    bias        (V,) or None
+    scale       logit scale, as Cohere and Granite models have
+    softcap     final logit softcapping, as Gemma 2 has; None is none
+    vocab_size  use the first vocab_size rows of weight and bias (a view), where padding differs between models
+
+    Raises ValueError naming the argument. Does not synchronise.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        h, w, b = self.hidden, self.weight, self.bias
+        ok = isinstance(h, Tensor) and h.dim() in (2, 3) and h.dtype in FLOATS
+        expect(ok, "hidden", "a float32, bfloat16 or float16 tensor of shape (N, H) or (B, T, H)", h)
+        ok = isinstance(w, Tensor) and w.dim() == 2 and w.dtype in FLOATS and w.shape[1] == h.shape[-1]
+        expect(ok, "weight", f"a float tensor of shape (V, {h.shape[-1]})", w)
+        expect(w.shape[0] > 0, "weight", "at least one vocabulary row", w)
+        expect(w.device == h.device, "weight", f"a tensor on hidden's device {h.device}", w)
+        autocast = torch.is_autocast_enabled(h.device.type)
+        expect(w.dtype == h.dtype or autocast, "weight", f"hidden's dtype {h.dtype}", w)
+        if b is not None:
+            ok = isinstance(b, Tensor) and b.shape == w.shape[:1] and b.dtype in FLOATS and b.device == h.device
+            expect(ok, "bias", f"a float tensor of shape ({w.shape[0]},) on {h.device}, or None", b)
+        finite_number("scale", self.scale)
+        if self.softcap is not None:
+            finite_number("softcap", self.softcap, positive=True)
+        if (v := self.vocab_size) is not None:
+            ok = isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= w.shape[0]
+            expect(ok, "vocab_size", f"an int from 1 to weight's {w.shape[0]} rows", v)
+
+
+class LogitRows:
+    """The rows of a materialised (N, V) matrix of logits."""
+
+    scale, softcap, width = 1.0, None, 0
+
+    def __init__(self, logits: Tensor) -> None:
+        self.batch_shape = tuple(logits.shape[:-1])
+        self.vocab = logits.shape[-1]
+        self.matrix = logits.reshape(-1, self.vocab) if logits.dim() == 3 else logits
+        self.leaves = (self.matrix,)
+
+    @property
+    def n_rows(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def block(self, rows: slice | Tensor) -> LogitBlock:
+        return LogitBlock(self, rows)
+
+
+class LogitBlock:
+    def __init__(self, source: LogitRows, rows: slice | Tensor) -> None:
+        self.source = source
+        self.rows = rows
+        self.n_rows = rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
+
+    def tile(self, v0: int, v1: int, out: Tensor) -> Tensor:
+        """Logits of columns v0 to v1, fp32 (R, C), written into out."""
+        columns = self.source.matrix[:, v0:v1]
+        return out.copy_(columns[self.rows] if isinstance(self.rows, slice) else columns.index_select(0, self.rows))
+
+
+class HeadRows:
+    """The rows of a Head: hidden states and the weight that projects them."""
+
+    def __init__(self, head: Head) -> None:
+        self.batch_shape = tuple(head.hidden.shape[:-1])
+        self.width = head.hidden.shape[-1]
+        self.vocab = head.vocab_size or head.weight.shape[0]
+        self.hidden = head.hidden.reshape(-1, self.width)
+        self.weight, self.bias = head.weight, head.bias
+        self.scale, self.softcap = float(head.scale), head.softcap
+        self.leaves = (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
+        device = head.hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else head.hidden.dtype
+
+    @property
+    def n_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def block(self, rows: slice | Tensor) -> HeadBlock:
+        return HeadBlock(self, rows)
+
+    def weight_tile(self, v0: int, v1: int) -> Tensor:
+        """Rows v0 to v1 of the weight in the dtype the products are taken in, (C, H)."""
+        return self._operand(self.weight[v0:v1])
+
+    def _operand(self, x: Tensor) -> Tensor:
+        # CPU products of 16-bit operands are slow and cannot come out in fp32: upcast what the forward would have used.
+        x = x.to(self.dtype)
+        return x.float() if x.device.type == "cpu" else x
+
+
+class HeadBlock:
+    """R rows of a Head with their hidden states gathered once."""
+
+    def __init__(self, source: HeadRows, rows: slice | Tensor) -> None:
+        hidden = source.hidden[rows] if isinstance(rows, slice) else source.hidden.index_select(0, rows)
+        self.source = source
+        self.hidden = source._operand(hidden)
+        self.n_rows = hidden.shape[0]
+
+    def tile(self, v0: int, v1: int, out: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits of columns v0 to v1, fp32 (R, C), written into out; weight is their weight_tile where at hand."""
+        source = self.source
+        weight = source.weight_tile(v0, v1) if weight is None else weight
+        if weight.dtype == torch.float32:
+            torch.mm(self.hidden, weight.t(), out=out)
+        else:
+            out.copy_(torch.mm(self.hidden, weight.t(), out_dtype=torch.float32))
+        if source.bias is not None:
+            out.add_(source.bias[v0:v1].to(source.dtype).float())
+        if source.softcap is not None:
+            out.mul_(source.scale / source.softcap).tanh_().mul_(source.softcap)
+        elif source.scale != 1.0:
+            out.mul_(source.scale)
+        return out
+
+
+Rows = LogitRows | HeadRows
+
+
+def rows_of(source: Tensor | Head, name: str) -> Rows:
+    """The rows of a public source; name is the argument's, for the error."""
+    if isinstance(source, Head):
+        return HeadRows(source)
+    ok = isinstance(source, Tensor) and source.dim() in (2, 3) and source.dtype in FLOATS
+    expect(ok, name, "float32, bfloat16 or float16 logits of shape (N, V) or (B, T, V), or a tip_kernels.Head", source)
+    expect(source.shape[-1] > 0, name, "at least one vocabulary entry", source)
+    return LogitRows(source)
+
+
+def check_pair(student: Rows, teacher: Rows) -> None:
+    """Both sources must have the same rows, vocabulary and device."""
+    if student.vocab != teacher.vocab:
+        raise ValueError(
+            f"teacher: expected the student's vocabulary of {student.vocab} entries, got {teacher.vocab}; where only the "
+            f"padding differs, give both heads vocab_size={min(student.vocab, teacher.vocab)} (logits: slice both)"
+        )
+    same = student.batch_shape == teacher.batch_shape
+    if not same:
+        raise ValueError(f"teacher: expected the student's rows {student.batch_shape}, got {teacher.batch_shape}")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: expected the student's device {student.device}, got {teacher.device}")
