@@ -1,0 +1,338 @@
+"""Which rows to learn from: every selection rule as a plain loop (README.md, R22 to R36).
+
+`stats` is the dict of `token_stats`; `row_mask` (N,) bool says which rows are trainable (all of them without it);
+`rollout_ids` (N,) int64 groups rows into rollouts, in any order (one rollout without them). Numbers are Python's, hence
+float64. A `select_*` returns the (N,) bool mask of kept rows, a `*_scores` (N,) float64 scores, NaN on invalid rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, Tensor | None]
+Cut = float | tuple[str, float]  # a threshold in the statistic's unit, or ("quantile", q) of the valid rows
+Score = float | Fraction
+CLIP_QUANTILE = 0.98  # the top 2 % of entropies are clipped (TIP)
+
+
+def _column(stats: Stats, name: str) -> list[float]:
+    values = stats.get(name)
+    if values is None:
+        raise ValueError(f"stats must hold {name!r}, got {sorted(k for k, v in stats.items() if v is not None)}")
+    return values.double().tolist()
+
+
+def _n_rows(stats: Stats) -> int:
+    return len(next(v for v in stats.values() if v is not None))
+
+
+def valid_rows(stats: Stats, reads: Sequence[str], row_mask: Tensor | None = None) -> list[int]:
+    """R22: the rows that are unmasked and not NaN in a statistic the rule reads, ascending."""
+    columns = [_column(stats, name) for name in reads]
+    mask = [True] * _n_rows(stats) if row_mask is None else row_mask.tolist()
+    return [i for i, wanted in enumerate(mask) if wanted and not any(math.isnan(c[i]) for c in columns)]
+
+
+def quota(keep: float | int, m: int, min_rows: int = 1) -> int:
+    """R23: how many of m valid rows a rule keeps."""
+    if isinstance(keep, int) and keep >= 1:
+        return min(keep, m)
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return min(max(min_rows, math.floor(keep * m + 1e-6)), m)
+    raise ValueError(f"keep must be a fraction in (0, 1] or an int of at least 1, got {keep!r}")
+
+
+def groups(valid: Sequence[int], rollout_ids: Tensor | None, scope: str) -> list[list[int]]:
+    """R24: the valid rows, split into the groups that have a quota of their own."""
+    if scope not in ("rollout", "batch", "global"):
+        raise ValueError(f"scope must be 'rollout', 'batch' or 'global', got {scope!r}")
+    if rollout_ids is None or scope != "rollout":  # "global" is "batch" on one rank
+        return [list(valid)]
+    ids = rollout_ids.tolist()
+    members: dict[int, list[int]] = {}
+    for i in valid:
+        members.setdefault(ids[i], []).append(i)
+    return list(members.values())
+
+
+def _mask(n_rows: int, kept: Sequence[int]) -> Tensor:
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    mask[list(kept)] = True
+    return mask
+
+
+def _scores(n_rows: int, scores: dict[int, Score]) -> Tensor:
+    out = torch.full((n_rows,), torch.nan, dtype=torch.float64)
+    for i, score in scores.items():
+        out[i] = float(score)
+    return out
+
+
+def _keep_largest(
+    stats: Stats,
+    scores: dict[int, Score],
+    keep: float | int,
+    *,
+    eligible: Sequence[int] | None = None,
+    rollout_ids: Tensor | None = None,
+    scope: str = "rollout",
+    min_rows: int = 1,
+) -> Tensor:
+    """R25: in each group the quota of eligible rows with the largest scores; ties go to the earlier row."""
+    candidates = scores.keys() if eligible is None else set(eligible)
+    kept = []
+    for group in groups(sorted(scores), rollout_ids, scope):
+        ranked = sorted((i for i in group if i in candidates), key=lambda i: (-scores[i], i))
+        kept += ranked[: quota(keep, len(group), min_rows)]
+    return _mask(_n_rows(stats), kept)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """R26: the value at position q (n - 1) of the sorted values, linear between neighbours; values may be +inf."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+    return low if low == high else low + (position - math.floor(position)) * (high - low)
+
+
+def minmax(values: Sequence[float]) -> list[float]:
+    """R27: (x - min) / (max - min) over the finite values; +inf is 1, and 0 where the range is 0."""
+    finite = [x for x in values if math.isfinite(x)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+
+    def scaled(x: float) -> float:
+        if x == math.inf:
+            return 1.0
+        return (x - low) / (high - low) if high > low else 0.0
+
+    return [scaled(x) for x in values]
+
+
+def normal_entropy(entropies: Sequence[float]) -> list[float]:
+    """R27: entropies clipped at their 0.98 quantile, then min-max."""
+    if not entropies:
+        return []
+    top = quantile(entropies, CLIP_QUANTILE)
+    return minmax([min(x, top) for x in entropies])
+
+
+def rank_share(values: Sequence[float]) -> list[Fraction]:
+    """R28: (values strictly lower) / (n - 1), exactly; equal values share it, and a single value gets 1."""
+    ordered = sorted(values)
+    n = len(ordered)
+    return [Fraction(bisect_left(ordered, x), n - 1) if n > 1 else Fraction(1) for x in values]
+
+
+def _cut(cut: Cut, values: Sequence[float]) -> float:
+    """R26: a threshold as a number."""
+    if isinstance(cut, tuple):
+        name, q = cut
+        if name != "quantile" or not 0 <= q <= 1:
+            raise ValueError(f"a threshold must be a number or ('quantile', q) with q in [0, 1], got {cut!r}")
+        return quantile(values, q) if values else math.nan
+    return cut
+
+
+def select_all(stats: Stats, *, row_mask: Tensor | None = None) -> Tensor:
+    """R29, KeepAll: every unmasked row; it reads no statistic, so NaN rows too."""
+    return _mask(_n_rows(stats), valid_rows(stats, [], row_mask))
+
+
+def top_scores(stats: Stats, by: str, *, row_mask: Tensor | None = None) -> Tensor:
+    """R30: the statistic itself."""
+    column = _column(stats, by)
+    return _scores(len(column), {i: column[i] for i in valid_rows(stats, [by], row_mask)})
+
+
+def select_top(stats: Stats, keep: float | int, by: str, *, row_mask: Tensor | None = None, **scope) -> Tensor:
+    """R30: the rows with the largest values of one statistic; `scope` is rollout_ids, scope and min_rows."""
+    column = _column(stats, by)
+    return _keep_largest(stats, {i: column[i] for i in valid_rows(stats, [by], row_mask)}, keep, **scope)
+
+
+def select_top_entropy(stats: Stats, keep: float | int, **scope) -> Tensor:
+    """R30, TopEntropy."""
+    return select_top(stats, keep, by="entropy_s", **scope)
+
+
+def select_top_divergence(stats: Stats, keep: float | int, by: str = "kl_rev", **scope) -> Tensor:
+    """R30, TopDivergence."""
+    return select_top(stats, keep, by=by, **scope)
+
+
+def select_top_hellinger(stats: Stats, keep: float | int, **scope) -> Tensor:
+    """R30, TopHellinger."""
+    return select_top(stats, keep, by="hellinger_sq", **scope)
+
+
+def select_top_margin(stats: Stats, keep: float | int, **scope) -> Tensor:
+    """R30, TopMargin: the rows where the teacher's first token leads its second by most."""
+    return select_top(stats, keep, by="margin_t", **scope)
+
+
+def select_threshold(
+    stats: Stats,
+    by: str,
+    *,
+    above: Cut | None = None,
+    below: Cut | None = None,
+    row_mask: Tensor | None = None,
+) -> Tensor:
+    """R31, Threshold: every valid row with above < statistic < below; no quota."""
+    valid = valid_rows(stats, [by], row_mask)
+    column = _column(stats, by)
+    values = [column[i] for i in valid]
+    low = -math.inf if above is None else _cut(above, values)
+    high = math.inf if below is None else _cut(below, values)
+    kept = [i for i in valid if (above is None or column[i] > low) and (below is None or column[i] < high)]
+    return _mask(len(column), kept)
+
+
+def _soft_or(stats: Stats, normalize: str, row_mask: Tensor | None) -> dict[int, Score]:
+    valid = valid_rows(stats, ["entropy_s", "kl_rev"], row_mask)
+    entropies, divergences = ([_column(stats, name)[i] for i in valid] for name in ("entropy_s", "kl_rev"))
+    if normalize == "rank":
+        h, d = rank_share(entropies), rank_share(divergences)
+    elif normalize == "minmax":
+        h, d = normal_entropy(entropies), minmax(divergences)
+    else:
+        raise ValueError(f"normalize must be 'rank' or 'minmax', got {normalize!r}")
+    # As 1 - (1 - h)(1 - d), an h or a d of 1 gives exactly 1: these rows tie, whatever the rounding.
+    return {i: 1 - (1 - h_i) * (1 - d_i) for i, h_i, d_i in zip(valid, h, d, strict=True)}
+
+
+def soft_or_scores(stats: Stats, normalize: str = "rank", *, row_mask: Tensor | None = None) -> Tensor:
+    """R32: h + d - h d, with entropy and reverse KL normalised over the valid rows of the batch."""
+    return _scores(_n_rows(stats), _soft_or(stats, normalize, row_mask))
+
+
+def select_soft_or(
+    stats: Stats, keep: float | int, normalize: str = "rank", *, row_mask: Tensor | None = None, **scope
+) -> Tensor:
+    """R32, SoftOr: normalised over the batch, chosen per scope; rank scores compare exactly, as fractions."""
+    return _keep_largest(stats, _soft_or(stats, normalize, row_mask), keep, **scope)
+
+
+def _overconfident(stats: Stats, by: str, row_mask: Tensor | None) -> dict[int, Score]:
+    valid = valid_rows(stats, ["entropy_s", by], row_mask)
+    entropy, divergence = _column(stats, "entropy_s"), _column(stats, by)
+    h = normal_entropy([entropy[i] for i in valid])
+    return {
+        i: math.inf if divergence[i] == math.inf else divergence[i] * (1 - h_i) for i, h_i in zip(valid, h, strict=True)
+    }
+
+
+def overconfident_scores(stats: Stats, by: str = "kl_fwd", *, row_mask: Tensor | None = None) -> Tensor:
+    """R33: divergence times (1 - normalised entropy); +inf stays +inf."""
+    return _scores(_n_rows(stats), _overconfident(stats, by, row_mask))
+
+
+def select_overconfident(
+    stats: Stats,
+    keep: float | int,
+    entropy_below: Cut = 0.3,
+    divergence_above: Cut = 0.1,
+    by: str = "kl_fwd",
+    *,
+    row_mask: Tensor | None = None,
+    **scope,
+) -> Tensor:
+    """R33, Overconfident: the largest scores among the eligible; the quota counts every valid row, may go unfilled."""
+    scores = _overconfident(stats, by, row_mask)
+    entropy, divergence = _column(stats, "entropy_s"), _column(stats, by)
+    below = _cut(entropy_below, [entropy[i] for i in scores])
+    above = _cut(divergence_above, [divergence[i] for i in scores])
+    eligible = [i for i in scores if entropy[i] < below and divergence[i] > above]
+    return _keep_largest(stats, scores, keep, eligible=eligible, **scope)
+
+
+def select_random(
+    stats: Stats,
+    keep: float | int,
+    *,
+    generator: torch.Generator | None = None,
+    row_mask: Tensor | None = None,
+    rollout_ids: Tensor | None = None,
+    scope: str = "rollout",
+    min_rows: int = 1,
+) -> Tensor:
+    """R34, RandomRows: each set of the quota's size is equally likely; it reads no statistic."""
+    kept = []
+    for group in groups(valid_rows(stats, [], row_mask), rollout_ids, scope):
+        order = torch.randperm(len(group), generator=generator).tolist()
+        kept += [group[j] for j in order[: quota(keep, len(group), min_rows)]]
+    return _mask(_n_rows(stats), kept)
+
+
+def sample_entropy_weights(
+    stats: Stats, alpha: float = 1.0, gamma: float = 0.0, *, row_mask: Tensor | None = None
+) -> Tensor:
+    """R35: entropy^alpha hellinger_sq^gamma, up to the constant (ln V)^-alpha; NaN on invalid rows."""
+    reads = ["entropy_s", "hellinger_sq"] if gamma else ["entropy_s"]
+    entropy = _column(stats, "entropy_s")
+    hellinger = _column(stats, "hellinger_sq") if gamma else [1.0] * len(entropy)
+    # The floor at 0 is for rounding: an entropy of -1e-9 has no power.
+    weight = {i: max(entropy[i], 0.0) ** alpha * hellinger[i] ** gamma for i in valid_rows(stats, reads, row_mask)}
+    return _scores(len(entropy), weight)
+
+
+def _draw_chances(weights: Sequence[float], drawn: Sequence[int]) -> list[float]:
+    """R35: the chance of each index to be drawn next; without weight left, the earliest is next for certain."""
+    left = [0.0 if i in drawn else w for i, w in enumerate(weights)]
+    if sum(left) > 0:
+        return [w / sum(left) for w in left]
+    first = min(set(range(len(weights))) - set(drawn))
+    return [float(i == first) for i in range(len(weights))]
+
+
+def select_sample_entropy(
+    stats: Stats,
+    keep: float | int,
+    alpha: float = 1.0,
+    gamma: float = 0.0,
+    *,
+    generator: torch.Generator | None = None,
+    row_mask: Tensor | None = None,
+    rollout_ids: Tensor | None = None,
+    scope: str = "rollout",
+    min_rows: int = 1,
+) -> Tensor:
+    """R35, SampleEntropy: the quota drawn one by one, without replacement, in proportion to the weights."""
+    weights = sample_entropy_weights(stats, alpha, gamma, row_mask=row_mask).tolist()
+    kept = []
+    for group in groups([i for i, w in enumerate(weights) if not math.isnan(w)], rollout_ids, scope):
+        drawn: list[int] = []
+        for _ in range(quota(keep, len(group), min_rows)):
+            chances = torch.tensor(_draw_chances([weights[i] for i in group], drawn), dtype=torch.float64)
+            drawn.append(int(torch.multinomial(chances, 1, generator=generator)))
+        kept += [group[j] for j in drawn]
+    return _mask(_n_rows(stats), kept)
+
+
+def inclusion_probabilities(weights: Sequence[float], count: int) -> list[float]:
+    """R35: the chance of each row of a tiny group to be among `count` draws, by enumerating every order."""
+    included = [0.0] * len(weights)
+    for order in itertools.permutations(range(len(weights)), count):
+        chance = math.prod(_draw_chances(weights, order[:j])[i] for j, i in enumerate(order))
+        for i in order:
+            included[i] += chance
+    return included
+
+
+def quadrants(stats: Stats, row_mask: Tensor | None = None, *, entropy: Cut = 0.3, divergence: Cut = 0.1) -> Tensor:
+    """R36: (N,) int8, 1 uncertain and wrong, 2 uncertain, 3 overconfident and wrong, 4 solved, 0 masked or NaN."""
+    valid = valid_rows(stats, ["entropy_s", "kl_rev"], row_mask)
+    h, d = _column(stats, "entropy_s"), _column(stats, "kl_rev")
+    h_cut, d_cut = _cut(entropy, [h[i] for i in valid]), _cut(divergence, [d[i] for i in valid])
+    out = torch.zeros(len(h), dtype=torch.int8)
+    for i in valid:
+        low_entropy, high_divergence = h[i] < h_cut, d[i] > d_cut
+        out[i] = {(False, True): 1, (False, False): 2, (True, True): 3, (True, False): 4}[low_entropy, high_divergence]
+    return out
