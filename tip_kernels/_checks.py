@@ -32,8 +32,9 @@ def finite_number(name: str, value: object, *, positive: bool = False) -> float:
     return float(value)
 
 
-def flat_rows(name: str, value: Tensor, batch_shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...],
-              device: torch.device) -> Tensor:
+def flat_rows(
+    name: str, value: Tensor, batch_shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Tensor:
     """A per-row tensor given as (N,) or in the batch's own shape, as (N,)."""
     n_rows = math.prod(batch_shape)
     shapes = " or ".join(str(s) for s in dict.fromkeys([tuple(batch_shape), (n_rows,)]))
@@ -48,7 +49,7 @@ def row_temperature(value: object, batch_shape: tuple[int, ...], device: torch.d
     """A temperature as a positive float, or as a detached fp32 (N,) tensor (its values are checked on a CPU only)."""
     if not isinstance(value, Tensor):
         return finite_number("temperature", value, positive=True)
-    flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float()
+    flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
     if flat.device.type == "cpu":
         ok = bool((torch.isfinite(flat) & (flat > 0)).all())
         expect(ok, "temperature", "finite values above 0", value)

@@ -7,6 +7,7 @@ N rows (tokens), R rows of a block, V vocabulary, C columns of a tile, H hidden 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -82,6 +83,13 @@ class LogitRows:
     def block(self, rows: slice | Tensor) -> LogitBlock:
         return LogitBlock(self, rows)
 
+    def with_leaves(self, leaves: tuple[Tensor, ...]) -> LogitRows:
+        """The same rows over other tensors of the same shape, or over none."""
+        other = copy.copy(self)
+        other.leaves = leaves
+        other.matrix = leaves[0] if leaves else None
+        return other
+
 
 class LogitBlock:
     def __init__(self, source: LogitRows, rows: slice | Tensor) -> None:
@@ -89,7 +97,7 @@ class LogitBlock:
         self.rows = rows
         self.n_rows = rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
 
-    def tile(self, v0: int, v1: int, out: Tensor) -> Tensor:
+    def tile(self, v0: int, v1: int, out: Tensor, weight: None = None) -> Tensor:
         """Logits of columns v0 to v1, fp32 (R, C), written into out."""
         columns = self.source.matrix[:, v0:v1]
         return out.copy_(columns[self.rows] if isinstance(self.rows, slice) else columns.index_select(0, self.rows))
@@ -120,6 +128,13 @@ class HeadRows:
 
     def block(self, rows: slice | Tensor) -> HeadBlock:
         return HeadBlock(self, rows)
+
+    def with_leaves(self, leaves: tuple[Tensor, ...]) -> HeadRows:
+        """The same rows over other tensors of the same shape, or over none."""
+        other = copy.copy(self)
+        other.leaves = leaves
+        other.hidden, other.weight, other.bias = (*leaves, None, None, None)[:3]
+        return other
 
     def weight_tile(self, v0: int, v1: int) -> Tensor:
         """Rows v0 to v1 of the weight in the dtype the products are taken in, (C, H)."""

@@ -44,7 +44,9 @@ class TokenStats:
     logp_s: Tensor | None = None  # log-probability of the label; NaN where the label is -100
     logp_t: Tensor | None = None
     mass_t_on_top_s: Tensor | None = None  # teacher probability on the student's top_k tokens, in [0, 1]
-    rank_t_of_argmax_s: Tensor | None = None  # int64: the student's argmax in the teacher's top_k, 0 first; top_k if absent
+    rank_t_of_argmax_s: Tensor | None = (
+        None  # int64: the student's argmax in the teacher's top_k, 0 first; top_k if absent
+    )
     _shift_s: Tensor | None = field(default=None, repr=False)  # (N,) largest logit / temperature
     _shift_t: Tensor | None = field(default=None, repr=False)
     _logsum_s: Tensor | None = field(default=None, repr=False)  # (N,) lse - shift, formed before it is rounded into lse
@@ -87,7 +89,9 @@ def token_stats(
     rows_t = None if teacher is None else rows_of(teacher, "teacher")
     if rows_t is not None:
         check_pair(rows_s, rows_t)
-    expect(isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0, "top_k", "an int of at least 0", top_k)
+    expect(
+        isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0, "top_k", "an int of at least 0", top_k
+    )
     expect(top_k == 0 or teacher is not None, "top_k", "0 without a teacher", top_k)
     temperature = row_temperature(temperature, rows_s.batch_shape, rows_s.device)
     want = STUDENT_FIELDS | (TEACHER_FIELDS if teacher is not None else frozenset())
@@ -159,7 +163,9 @@ def measure(
             ids = part if rows is None else rows[part]
             lab = None if labels is None else labels[part]
             tau = temperature[part, None] if isinstance(temperature, Tensor) else temperature
-            done.append(_measure_block([source.block(ids) for source in sources], fold, tiles, columns, lab, tau, top_k))
+            done.append(
+                _measure_block([source.block(ids) for source in sources], fold, tiles, columns, lab, tau, top_k)
+            )
     return {name: torch.cat([d[name] for d in done]) for name in done[0]}
 
 
@@ -180,7 +186,9 @@ def _measure_block(
     x_label = [torch.full((n_rows,), torch.nan, device=device) for _ in blocks]
     parts = []
     for v0, v1 in columns_of(vocab, columns):
-        tiles = [b.tile(v0, v1, buf[: n_rows * (v1 - v0)].view(n_rows, -1)) for b, buf in zip(blocks, buffers, strict=True)]
+        tiles = [
+            b.tile(v0, v1, buf[: n_rows * (v1 - v0)].view(n_rows, -1)) for b, buf in zip(blocks, buffers, strict=True)
+        ]
         for x in tiles:
             x.mul_(online.HALF_LOG2E / temperature)
         for top, x, other in zip(lists, tiles, tiles[::-1], strict=False):
