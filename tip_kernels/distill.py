@@ -80,22 +80,22 @@ def distill(
     student, teacher  logits (N, V) or (B, T, V), or a Head; the gradient flows to the student's source only
     select            SoftOr(0.5) unless given
     divergence        ReverseKL() unless given
-    row_mask          bool (N,) or (B, T): True for trainable tokens. Others are never kept; on a CPU (or with a CPU mask)
-                      they are not measured either and are NaN in out.stats
-    rollout_ids       int64 (N,) or (B, T): the rollout of each row; without them each of B rows of a (B, T) batch is one
+    row_mask          bool (N,) or (B, T): True for trainable tokens. Others are never kept; with a mask on the CPU they
+                      are not measured either and are NaN in out.stats
+    rollout_ids       int64 (N,) or (B, T): the rollout of each row; without them a (B, T) batch holds B rollouts
     labels            int64 (N,) or (B, T), -100 for none: the token each row predicts, for rules that read logp
     row_weights       float (N,) or (B, T)
-    temperature       a positive float, a float tensor (N,) or (B, T), or a callable `stats -> (N,)`: rows are then measured
-                      at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits
+    temperature       a positive float, a float tensor (N,) or (B, T), or a callable `stats -> (N,)`: rows are then
+                      measured at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits
     temperature_sq    multiplies each row's loss by its temperature squared
-    normalizer        "kept" = sum of w (the number of kept rows without weights), "all" = unmasked rows that no measurement
-                      found NaN, or a positive number
+    normalizer        "kept" = sum of w (the number of kept rows without weights), "all" = unmasked rows that no
+                      measurement found NaN, or a positive number
     workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors
     full_stats        measure every statistic of every row, also what neither rule nor loss needs
 
-    Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row whose
-    loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once. Statistics that
-    neither the rule nor the loss needs are None; where the rule needs none of the teacher, the teacher's are NaN in
+    Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row
+    whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once. Statistics
+    that neither the rule nor the loss needs are None; where the rule needs none of the teacher, the teacher's are NaN in
     rows that were not kept. Does not synchronise between measuring and backward for a rule with a quota.
 
     Raises ValueError naming the argument. Method: measure, select, learn; TIP (arXiv 2604.14084).

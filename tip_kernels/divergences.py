@@ -73,7 +73,7 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(student || teacher) = sum p_s (log p_s - log p_t): seeks the teacher's modes; on-policy distillation's usual loss."""
+    """KL(student || teacher) = sum p_s (log p_s - log p_t): seeks the teacher's modes; the usual on-policy loss."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"kl_rev"})
     gradient: ClassVar[str] = "reverse_kl"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tip_kernels._checks import FLOATS, describe, expect, flat_rows, row_temperature, workspace_bytes
+from tip_kernels._checks import FLOATS, expect, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager import row_grad
@@ -39,15 +39,14 @@ def divergence_loss(
     student, teacher  logits (N, V) or (B, T, V), or a Head; no gradient flows to the teacher
     divergence        ReverseKL() unless given
     kept              the rows to learn from, as a rule returned them; every row unless given
-    stats             token_stats of the same sources: its values and normalisers are reused where it was measured at this
-                      temperature and holds what the divergence needs; else the kept rows
-                      are measured again
+    stats             token_stats of the same sources: its values and normalisers are reused where it was measured at
+                      this temperature and holds what the divergence needs; else the kept rows are measured again
     temperature       a positive float, or a float tensor (N,) or (B, T); divides both models' logits
     row_weights       float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller
     workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors
 
-    The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A leaf
-    that needs no gradient costs nothing; a row whose upstream gradient is 0 is left out of the sweep. A row whose
+    The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A
+    leaf that needs no gradient costs nothing; a row whose upstream gradient is 0 is left out of the sweep. A row whose
     divergence is infinite keeps it. Backward may run repeatedly (retain_graph), but not twice through itself. Reads
     kept.row_ids, which synchronises on its first read.
 

@@ -189,8 +189,8 @@ def check_pair(student: Rows, teacher: Rows) -> None:
     """Both sources must have the same rows, vocabulary and device."""
     if student.vocab != teacher.vocab:
         raise ValueError(
-            f"teacher: expected the student's vocabulary of {student.vocab} entries, got {teacher.vocab}; where only the "
-            f"padding differs, give both heads vocab_size={min(student.vocab, teacher.vocab)} (logits: slice both)"
+            f"teacher: expected the student's vocabulary of {student.vocab} entries, got {teacher.vocab}; where only "
+            f"the padding differs, give both heads vocab_size={min(student.vocab, teacher.vocab)} (logits: slice both)"
         )
     same = student.batch_shape == teacher.batch_shape
     if not same:

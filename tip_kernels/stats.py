@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, flat_rows, row_temperature, workspace_bytes
-from tip_kernels.backends import backend_for
 from tip_kernels.eager import online
 from tip_kernels.eager.toplist import TopList
 from tip_kernels.sources import Head, HeadBlock, LogitBlock, Rows, check_pair, rows_of
@@ -68,8 +67,9 @@ def token_stats(
 ) -> TokenStats:
     """Measures every row in one pass over the vocabulary, without materialising a softmax (or, of a Head, the logits).
 
-        lse = log sum exp z             entropy = lse - sum p z                   z = logits / temperature
-        kl_fwd = sum p_t (log p_t - log p_s)     kl_rev = sum p_s (log p_s - log p_t)     hellinger_sq = 1 - sum sqrt(p_t p_s)
+        lse = log sum exp z                        entropy = lse - sum p z              z = logits / temperature
+        kl_fwd = sum p_t (log p_t - log p_s)       kl_rev = sum p_s (log p_s - log p_t)
+        hellinger_sq = 1 - sum sqrt(p_t p_s)
 
     student, teacher  logits (N, V) or (B, T, V), or a Head; float32, bfloat16 or float16, each its own
     labels            int64 (N,) or (B, T): the token that each row predicts (already shifted), -100 for none; adds logp
@@ -78,10 +78,10 @@ def token_stats(
     top_k             k of the top-k statistics mass_t_on_top_s and rank_t_of_argmax_s, which need a teacher; 0 is none
     workspace_mib     MiB that the pass may use beyond its inputs and (N,) results
 
-    Returns a TokenStats of (N,) fp32 fields, also under autocast. KLs are clamped at 0; their noise floor is about 1e-7
-    nats. A logit at or below -2^100 counts as -inf, a banned token: legal in either model, and a KL is +inf exactly where
-    its second model bans a token that its first allows. No gradient flows. Does not synchronise; labels and
-    temperatures are range-checked on a CPU, on CUDA a bad one makes its row NaN.
+    Returns a TokenStats of (N,) fp32 fields, also under autocast. KLs are clamped at 0; their noise floor is about
+    1e-7 nats. A logit at or below -2^100 counts as -inf, a banned token: legal in either model, and a KL is +inf
+    exactly where its second model bans a token that its first allows. No gradient flows. Does not synchronise; labels
+    and temperatures are range-checked on a CPU, on CUDA a bad one makes its row NaN.
 
     Raises ValueError naming the argument. Method: online softmax with recentred moments (tip_kernels/eager/online.py).
     """

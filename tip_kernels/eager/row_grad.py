@@ -1,7 +1,7 @@
 """The gradient of each divergence with respect to the student's logits, element by element.
 
-Each function takes natural log-probabilities of a tile (R, C), the student's probabilities, and row scalars (R, 1), and returns
-d(divergence)/d(z_s), z_s being the logits already divided by the temperature. math.md, section 5, lists the forms.
+Each function takes natural log-probabilities of a tile (R, C), the student's probabilities, and row scalars (R, 1),
+and returns d(divergence)/d(z_s), z_s being the logits already divided by the temperature.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRADIENTS: dict[str, Callable[..., Tensor]] = {"forward_kl": forward_kl, "revers
 
 
 def log_probabilities(z: Tensor, shift: Tensor, logsum: Tensor) -> Tensor:
-    """log p of a tile in place, from logits / temperature (R, C); formed from shift and logsum (R, 1), never from lse."""
+    """log p of a tile (R, C) in place, from z / temperature; formed from shift and logsum (R, 1), never from lse."""
     return z.clamp_(min=FLOOR).sub_(shift).sub_(logsum)
 
 
