@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -42,7 +42,7 @@ def valid_rows(stats: Stats, reads: Sequence[str], row_mask: Tensor | None = Non
 
 def quota(keep: float | int, m: int, min_rows: int = 1) -> int:
     """R23: how many of m valid rows a rule keeps."""
-    if isinstance(keep, int) and keep >= 1:
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
         return min(keep, m)
     if isinstance(keep, float) and 0 < keep <= 1:
         return min(max(min_rows, math.floor(keep * m + 1e-6)), m)
@@ -130,14 +130,16 @@ def rank_share(values: Sequence[float]) -> list[Fraction]:
     return [Fraction(bisect_left(ordered, x), n - 1) if n > 1 else Fraction(1) for x in values]
 
 
-def _cut(cut: Cut, values: Sequence[float]) -> float:
-    """R26: a threshold as a number."""
+def _cut(cut: Cut, stats: Stats, name: str, valid: Iterable[int]) -> float:
+    """R26: a threshold as a number, rounded to the statistic's dtype so that a row can sit on it exactly."""
     if isinstance(cut, tuple):
-        name, q = cut
-        if name != "quantile" or not 0 <= q <= 1:
+        kind, q = cut
+        if kind != "quantile" or not 0 <= q <= 1:
             raise ValueError(f"a threshold must be a number or ('quantile', q) with q in [0, 1], got {cut!r}")
-        return quantile(values, q) if values else math.nan
-    return cut
+        column = _column(stats, name)
+        values = [column[i] for i in valid]
+        cut = quantile(values, q) if values else math.nan
+    return torch.tensor(cut, dtype=stats[name].dtype).item()
 
 
 def select_all(stats: Stats, *, row_mask: Tensor | None = None) -> Tensor:
@@ -188,10 +190,9 @@ def select_threshold(
     """R31, Threshold: every valid row with above < statistic < below; no quota."""
     valid = valid_rows(stats, [by], row_mask)
     column = _column(stats, by)
-    values = [column[i] for i in valid]
-    low = -math.inf if above is None else _cut(above, values)
-    high = math.inf if below is None else _cut(below, values)
-    kept = [i for i in valid if (above is None or column[i] > low) and (below is None or column[i] < high)]
+    low = None if above is None else _cut(above, stats, by, valid)
+    high = None if below is None else _cut(below, stats, by, valid)
+    kept = [i for i in valid if (low is None or column[i] > low) and (high is None or column[i] < high)]
     return _mask(len(column), kept)
 
 
@@ -247,8 +248,7 @@ def select_overconfident(
     """R33, Overconfident: the largest scores among the eligible; the quota counts every valid row, may go unfilled."""
     scores = _overconfident(stats, by, row_mask)
     entropy, divergence = _column(stats, "entropy_s"), _column(stats, by)
-    below = _cut(entropy_below, [entropy[i] for i in scores])
-    above = _cut(divergence_above, [divergence[i] for i in scores])
+    below, above = _cut(entropy_below, stats, "entropy_s", scores), _cut(divergence_above, stats, by, scores)
     eligible = [i for i in scores if entropy[i] < below and divergence[i] > above]
     return _keep_largest(stats, scores, keep, eligible=eligible, **scope)
 
@@ -284,12 +284,11 @@ def sample_entropy_weights(
 
 
 def _draw_chances(weights: Sequence[float], drawn: Sequence[int]) -> list[float]:
-    """R35: the chance of each index to be drawn next; without weight left, the earliest is next for certain."""
+    """R35: the chance of each index to be drawn next; without weight left, all that are left are equally likely."""
     left = [0.0 if i in drawn else w for i, w in enumerate(weights)]
-    if sum(left) > 0:
-        return [w / sum(left) for w in left]
-    first = min(set(range(len(weights))) - set(drawn))
-    return [float(i == first) for i in range(len(weights))]
+    if sum(left) == 0:
+        left = [0.0 if i in drawn else 1.0 for i in range(len(weights))]
+    return [w / sum(left) for w in left]
 
 
 def select_sample_entropy(
@@ -330,7 +329,7 @@ def quadrants(stats: Stats, row_mask: Tensor | None = None, *, entropy: Cut = 0.
     """R36: (N,) int8, 1 uncertain and wrong, 2 uncertain, 3 overconfident and wrong, 4 solved, 0 masked or NaN."""
     valid = valid_rows(stats, ["entropy_s", "kl_rev"], row_mask)
     h, d = _column(stats, "entropy_s"), _column(stats, "kl_rev")
-    h_cut, d_cut = _cut(entropy, [h[i] for i in valid]), _cut(divergence, [d[i] for i in valid])
+    h_cut, d_cut = _cut(entropy, stats, "entropy_s", valid), _cut(divergence, stats, "kl_rev", valid)
     out = torch.zeros(len(h), dtype=torch.int8)
     for i in valid:
         low_entropy, high_divergence = h[i] < h_cut, d[i] > d_cut
