@@ -126,6 +126,13 @@ class TestStatistics:
         for name, factor in (("kl_fwd", 1 / 2), ("kl_rev", 1 / 2), ("hellinger_sq", 1 / 8)):
             assert_close(stats[name], 1e-10 * factor * variance, rtol=1e-3, atol=0)
 
+    def test_kl_of_rounded_rows_is_never_negative(self):
+        z, noise = (x.float() for x in random_pair(n=24, v=50))
+        stats = ref.token_stats(z, z + 1e-6 * noise)
+        assert (ref.forward_kl(z, z + 1e-6 * noise) < 0).any()  # what rounding does
+        assert (stats["kl_fwd"] >= 0).all()
+        assert (stats["kl_rev"] >= 0).all()
+
     def test_a_token_banned_in_both_models_changes_nothing(self):
         z_s, z_t = random_pair()
         options = {"margins": True, "top_k": 3, "labels": LABELS}
@@ -152,7 +159,8 @@ class TestStatistics:
     @pytest.mark.parametrize("bad", ["nan", "inf", "all banned", "nan beside a ban"])
     def test_a_broken_row_is_nan_in_what_reads_it_and_nowhere_else(self, bad):
         z_s, z_t = random_pair()
-        z_t[0, 3] = -INF  # the student's row below would otherwise make KLs infinite: NaN wins
+        z_t[0, 3] = -INF  # kl_rev would be infinite: NaN wins
+        z_t[0, 1] = 50  # the models would agree where the student has +inf: a broken row does not
         options = {"margins": True, "top_k": 3, "labels": LABELS}
         good = ref.token_stats(z_s, z_t, **options)
         if bad == "all banned":
@@ -187,6 +195,11 @@ class TestStatistics:
         stats = ref.token_stats(z_s, z_t, top_k=9)
         assert_close(stats["mass_t_on_top_s"], [1, 1, 1, 0.5])
         assert stats["rank_t_of_argmax_s"].tolist() == [0, 1, 3, 9]
+
+    def test_a_long_list_of_equal_logits_is_in_order_of_ids(self):
+        ids, listed = ref.top_ids(torch.zeros(2, 5000), 4000)
+        assert torch.equal(ids, torch.arange(4000).expand(2, 4000))
+        assert listed.all()
 
     def test_labels_of_minus_100_have_no_log_probability(self):
         stats = ref.token_stats(row(0.5, 0.5, 0).expand(3, 3), labels=torch.tensor([-100, 1, 2]))
@@ -630,6 +643,8 @@ class TestRules:
         stats = stats_of(entropy_s=[0.0, 0.1, 0.2, 0.2, 1.0, 1.0], kl_fwd=[0.05, 0.4, 0.5, INF, 5, 6])
         # The 0.98 quantile of the entropies is 1, so h is the entropy itself.
         assert_close(ref.overconfident_scores(stats), [0.05, 0.36, 0.4, INF, 0, 0], rtol=1e-6, atol=0)
+        uncertain = stats_of(entropy_s=[0.0, 1.0], kl_fwd=[1, INF])
+        assert_close(ref.overconfident_scores(uncertain), [1, INF])
         assert ref.select_overconfident(stats, 0.34).tolist() == mask_of(6, 2, 3)  # 2 of 6
         assert ref.select_overconfident(stats, 1.0).tolist() == mask_of(6, 1, 2, 3)
         assert not ref.select_overconfident(stats, 1.0, divergence_above=INF).any()
@@ -789,6 +804,7 @@ class TestAdaKD:
         log_ratio = (s / t).log()
         expected = tau / 12 * s * (log_ratio - (s * log_ratio).sum(-1, keepdim=True)) * kept[:, None]
         assert_close(gradient(lambda a, b: ref.adakd_loss(a, b, ref.reverse_kl, keep=0.5), z_s, z_t), expected)
+        assert not ref.difficulty_temperature(ref.token_stats(z_s.requires_grad_(), z_t)).requires_grad
 
     def test_adakd_of_nothing_is_a_connected_zero(self):
         z_s, z_t = random_pair(n=3)
