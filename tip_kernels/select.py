@@ -1,0 +1,515 @@
+"""SELECT: which rows to learn from. A rule is a small frozen object, a pure function of TokenStats.
+
+Every rule is one mechanism with another score:
+
+    population   rows that are unmasked and not NaN in a statistic the rule reads
+    scores       importance, larger is kept
+    quota        max(min_rows, floor(keep m + 1e-6)) rows of every scope group, m = its population, never more than m
+
+Rows are flat, in order b*T + t. Nothing here synchronises with the host, except reading `Kept.row_ids`. R-numbers are
+those of reference/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tip_kernels._checks import expect, finite_number, flat_rows
+from tip_kernels._ranking import best_of_groups, min_max, quantile, share_below
+from tip_kernels.stats import TokenStats
+
+Cut = float | tuple[str, float]  # a threshold: an absolute value, or ("quantile", q) over the population of the batch
+
+_STATISTICS = tuple(f.name for f in fields(TokenStats) if not f.name.startswith("_"))
+_HOW_TO_MEASURE = {
+    "margin_s": "margins=True",
+    "margin_t": "a teacher and margins=True",
+    "agree": "a teacher and margins=True",
+    "logp_s": "labels",
+    "logp_t": "a teacher and labels",
+    "mass_t_on_top_s": "a teacher and top_k=k",
+    "rank_t_of_argmax_s": "a teacher and top_k=k",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The rows that a rule chose.
+
+    mask      (N,) bool, on the device of the statistics
+    scores    (N,) fp32, what the rule ranked by; -inf for rows outside its population
+    """
+
+    mask: Tensor
+    scores: Tensor
+    _weights: Tensor | None = field(default=None, repr=False)  # (N,) fp32, 0 where not kept
+
+    @cached_property
+    def row_ids(self) -> Tensor:
+        """(S,) int64, the kept rows, ascending. Its length depends on the data: the first read synchronises."""
+        return self.mask.nonzero().squeeze(1)
+
+    @cached_property
+    def row_weights(self) -> Tensor | None:
+        """(S,) fp32, one weight per entry of row_ids, or None where the rule has no weights. Reads row_ids."""
+        return None if self._weights is None else self._weights[self.row_ids]
+
+    def slots(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """row_ids in a length that the host knows: kept rows ascending, then spare ones. Never synchronises.
+
+        capacity  int in [0, N], at least the number of kept rows (`rule.capacity` bounds it), else the last are lost
+
+        Returns ids (capacity,) int64 and valid (capacity,) bool, False for a spare row.
+        """
+        n_rows = self.mask.numel()
+        expect(_is_int(capacity) and 0 <= capacity <= n_rows, "capacity", f"an int in [0, {n_rows}]", capacity)
+        spare, ids = (~self.mask).sort(stable=True)
+        return ids[:capacity], ~spare[:capacity]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A selection rule: `kept = rule(stats, row_mask=None, rollout_ids=None)`. Subclasses say what they read and score.
+
+    needs  frozenset of the TokenStats fields that the rule reads
+    """
+
+    needs = frozenset()
+
+    @torch.no_grad()
+    def __call__(self, stats: TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None) -> Kept:
+        """Chooses rows, on the device and without synchronising.
+
+        stats        TokenStats with every field in `needs`, (N,) each
+        row_mask     bool (N,) or (B, T), True for trainable tokens; others are not in the population. None: all are
+        rollout_ids  int64 (N,) or (B, T), any values, in any order: the rollout of each row, for scope "rollout".
+                     None: (B, T) statistics hold B rollouts, (N,) statistics one
+
+        Raises ValueError for a needed field that is None, and for a wrong shape, dtype or device.
+        """
+        shape, device = _layout(stats)
+        population = _unmasked(row_mask, shape, device)
+        group = _rollouts(rollout_ids, shape, device)
+        values = {name: _statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
+        if population.numel() == 0:
+            return Kept(population, torch.zeros(0, device=device))
+        for value in values.values():
+            population = population & ~value.isnan()
+        # + 0.0 because a sort may tell -0.0 from 0.0.
+        scores = torch.where(population, self._scores(values, population), -torch.inf) + 0.0
+        mask, weights = self._choose(scores, values, population, group)
+        return Kept(mask, scores.float(), weights)
+
+    def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
+        """An upper bound of the number of kept rows that needs no look at the data.
+
+        n_rows    N
+        n_groups  the number of scope groups (rollouts, unless scope is "batch"); None if unknown
+        """
+        return n_rows
+
+    def _scores(self, values: dict[str, Tensor], population: Tensor) -> Tensor:
+        """(N,) float, from the (N,) fp32 statistics in `needs`; anything outside the population."""
+        (score,) = values.values()
+        return score
+
+    def _eligible(self, values: dict[str, Tensor], population: Tensor) -> Tensor:
+        """(N,) bool, the rows of the population that may be kept."""
+        return population
+
+    def _choose(
+        self, scores: Tensor, values: dict[str, Tensor], population: Tensor, group: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """mask (N,) bool and weights (N,) fp32 or None. Without a quota every eligible row is kept."""
+        return self._eligible(values, population), None
+
+
+@dataclass(frozen=True)
+class KeepAll(Rule):
+    """Keeps every unmasked row. It reads no statistic, so NaN rows are kept too; every score is 0 (R29)."""
+
+    def _scores(self, values, population):
+        return torch.zeros_like(population, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Threshold(Rule):
+    """Keeps the rows with above < x < below, both strict, x = stats[by]. It has no quota, and may keep nothing (R31).
+
+    by            name of a TokenStats statistic; x is also the score
+    above, below  a finite float in the unit of `by`, or ("quantile", q) over the population of the batch, q in [0, 1];
+                  None is no bound
+    """
+
+    by: str = "kl_rev"
+    above: Cut | None = None
+    below: Cut | None = None
+
+    def __post_init__(self):
+        _check_statistic("by", self.by)
+        for name in ("above", "below"):
+            if getattr(self, name) is not None:
+                _check_cut(name, getattr(self, name))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.by})
+
+    def _eligible(self, values, population):
+        x, eligible = values[self.by], population
+        if self.above is not None:
+            eligible = eligible & (x > _cut(self.above, x, population))
+        if self.below is not None:
+            eligible = eligible & (x < _cut(self.below, x, population))
+        return eligible
+
+
+@dataclass(frozen=True)
+class QuotaRule(Rule):
+    """A rule that keeps the best rows of every scope group, up to a quota (R23); a tie goes to the earlier token.
+
+    keep      a float in (0, 1], the fraction kept of each group's population, or an int >= 1, its row budget (so 1.0 is
+              every row and 1 is one row)
+    scope     what the quota is filled in: "rollout" or "batch". Normalisation is always over the batch
+    min_rows  int >= 0, the least quota of a group that has that many rows; 0 is the paper's floor
+
+    Raises ValueError, naming the argument, for any other value.
+    """
+
+    keep: float | int
+    scope: str = field(default="rollout", kw_only=True)
+    min_rows: int = field(default=1, kw_only=True)
+
+    def __post_init__(self):
+        ok = self.keep >= 1 if _is_int(self.keep) else isinstance(self.keep, float) and 0 < self.keep <= 1
+        expect(ok, "keep", "a fraction in (0, 1] as a float, or an int of at least 1", self.keep)
+        hint = " (across ranks, 'global', is not offered yet)" if self.scope == "global" else ""
+        expect(self.scope in ("rollout", "batch"), "scope", f"'rollout' or 'batch'{hint}", self.scope)
+        expect(_is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
+
+    def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
+        if self.scope == "batch":
+            n_groups = 1
+        elif n_groups is None:
+            n_groups = n_rows
+        if _is_int(self.keep):
+            return min(n_rows, n_groups * max(self.keep, self.min_rows))
+        # A group of m rows keeps at most min_rows + keep (m - min_rows) + 1e-6: summed, and 1e-6 for the rounding here.
+        bound = self.keep * n_rows + (1 - self.keep) * self.min_rows * n_groups + 1e-6 * (n_groups + 1)
+        return min(n_rows, math.floor(bound))
+
+    def _choose(self, scores, values, population, group):
+        if self.scope == "batch":
+            group = torch.zeros_like(group)
+        eligible = self._eligible(values, population)
+        mask, runner_up = best_of_groups(scores, eligible, population, group, self.keep, self.min_rows)
+        return mask, self._weights(values, population, mask, runner_up)
+
+    def _weights(self, values, population, mask, runner_up) -> Tensor | None:
+        """(N,) fp32 row weights, or None; runner_up (N,) is the best score that was left out in the row's group."""
+        return None
+
+
+@dataclass(frozen=True)
+class TopDivergence(QuotaRule):
+    """Keeps the rows with the largest stats[by]: score = kl_rev = KL(student || teacher) by default, in nats.
+
+    by  name of any TokenStats statistic, for instance "kl_fwd" = KL(teacher || student)
+
+    The other arguments are QuotaRule's. Source: the divergence-only rule of TIP (arXiv 2604.14084); R30.
+    """
+
+    by: str = "kl_rev"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_statistic("by", self.by)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.by})
+
+
+@dataclass(frozen=True)
+class TopMargin(TopDivergence):
+    """Keeps the rows with the largest margin: score = top-1 minus top-2 logit, of the teacher by default.
+
+    by  "margin_t" or "margin_s"; measured with margins=True
+
+    The other arguments are QuotaRule's. Source: known in practice as `logit_diff`; R30.
+    """
+
+    by: str = "margin_t"
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(self.by in ("margin_t", "margin_s"), "by", "'margin_t' or 'margin_s'", self.by)
+
+
+@dataclass(frozen=True)
+class TopEntropy(QuotaRule):
+    """Keeps the rows with the largest student entropy: score = entropy_s, in nats.
+
+    Its arguments are QuotaRule's. Source: TIP's entropy axis (arXiv 2604.14084), there sampled: see SampleEntropy; R30.
+    """
+
+    needs = frozenset({"entropy_s"})
+
+
+@dataclass(frozen=True)
+class TopHellinger(QuotaRule):
+    """Keeps the rows with the largest squared Hellinger distance: score = 1 - sum sqrt(p_s p_t), in [0, 1].
+
+    Its arguments are QuotaRule's. Source: AdaKD's difficulty (arXiv 2510.11615), squared, which ranks the same; R30.
+    """
+
+    needs = frozenset({"hellinger_sq"})
+
+
+@dataclass(frozen=True)
+class SoftOr(QuotaRule):
+    """Keeps rows that are uncertain or wrong: score = h + d - h d = 1 - (1-h)(1-d), h of entropy_s and d of kl_rev.
+
+    normalize  how h and d are brought to [0, 1] over the population of the batch:
+               "rank"    (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one
+                         axis leaves the other rows' ranks as they were
+               "minmax"  the paper: entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
+                         values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d
+
+    The other arguments are QuotaRule's. kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
+    """
+
+    needs = frozenset({"entropy_s", "kl_rev"})
+    normalize: str = "rank"
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(self.normalize in ("rank", "minmax"), "normalize", "'rank' or 'minmax'", self.normalize)
+
+    def _scores(self, values, population):
+        if self.normalize == "rank":
+            h, d = (share_below(values[name], population) for name in ("entropy_s", "kl_rev"))
+        else:
+            h, d = _normal_entropy(values, population), min_max(values["kl_rev"], population)
+        low, high = torch.minimum(h, d), torch.maximum(h, d)
+        # Symmetric in h and d, accurate near 0, and rounded only here: rows that tie on paper tie in fp32.
+        return (high + low * (1 - high)).float()
+
+
+@dataclass(frozen=True)
+class Overconfident(QuotaRule):
+    """Keeps rows that are confident and wrong (quadrant Q3): score = stats[by] * (1 - h), best of the eligible first.
+
+        eligible = entropy_s < entropy_below and stats[by] > divergence_above;   h is SoftOr's, with "minmax"
+
+    The quota counts the whole population, so fewer rows than the quota may be kept, also none: min_rows forces no row
+    in. A divergence of +inf scores +inf. Set thresholds in nats or at high quantiles: below the median entropy lie
+    solved tokens.
+
+    entropy_below     a finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1]
+    divergence_above  the same for stats[by]
+    by                name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default: it sees teacher mass
+                      that the student ignores
+
+    The other arguments are QuotaRule's. Source: the Q3-only rule of TIP (arXiv 2604.14084); R33.
+    """
+
+    entropy_below: Cut = 0.3
+    divergence_above: Cut = 0.1
+    by: str = "kl_fwd"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_cut("entropy_below", self.entropy_below)
+        _check_cut("divergence_above", self.divergence_above)
+        _check_statistic("by", self.by)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"entropy_s", self.by})
+
+    def _scores(self, values, population):
+        d = values[self.by]
+        return torch.where(d.isinf(), d, d * (1 - _normal_entropy(values, population))).float()
+
+    def _eligible(self, values, population):
+        entropy, d = values["entropy_s"], values[self.by]
+        confident = entropy < _cut(self.entropy_below, entropy, population)
+        return population & confident & (d > _cut(self.divergence_above, d, population))
+
+
+@dataclass(frozen=True)
+class RandomRows(QuotaRule):
+    """Keeps rows at random: score = uniform in [0, 1). The control that every other rule has to beat.
+
+    generator  torch.Generator on the device of the statistics, advanced by each call; None is the device's default
+
+    The other arguments are QuotaRule's. It reads no statistic, so NaN rows may be kept; R34.
+    """
+
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_generator(self.generator)
+
+    def _scores(self, values, population):
+        _check_generator(self.generator, population.device)
+        return torch.rand(population.shape, generator=self.generator, dtype=torch.float64, device=population.device)
+
+
+@dataclass(frozen=True)
+class SampleEntropy(QuotaRule):
+    """Samples rows without replacement, each draw with p proportional to w = (entropy_s/ln V)^alpha hellinger_sq^gamma.
+
+        score = log w + Gumbel noise, the largest first. Rows with w = 0 are drawn last, uniformly.
+
+    hellinger_sq replaces the Jensen-Shannon divergence / ln 2 of the authors' code, which no single pass can measure:
+    ln2 H2 <= JSD <= H2. 0^0 is 1. Constant factors of w cancel, so ln V is left out and the largest w counts as 1.
+
+    alpha, gamma  finite floats >= 0; hellinger_sq is read, and a teacher needed, only if gamma > 0
+    generator     torch.Generator on the device of the statistics, advanced by each call; None is the device's default
+    unbiased      adds row_weights 1 / (1 - exp(-exp(log w - kappa))), kappa the best score left out in the group (its
+                  (quota + 1)-th largest); 1 where nothing was left out. Then sum(row_weights * x) over the kept rows
+                  is on average the sum of x over the population, apart from rows with w = 0
+
+    The other arguments are QuotaRule's. Source: TIP (arXiv 2604.14084) and its code; Gumbel top-k of Kool et al. 2019
+    (arXiv 1903.06059); weights of priority sampling, Duffield et al. 2007; R35.
+    """
+
+    alpha: float = 1
+    gamma: float = 0
+    generator: torch.Generator | None = None
+    unbiased: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("alpha", "gamma"):
+            value = finite_number(name, getattr(self, name))
+            expect(value >= 0, name, "a finite number of at least 0", value)
+        _check_generator(self.generator)
+        expect(isinstance(self.unbiased, bool), "unbiased", "a bool", self.unbiased)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"entropy_s", "hellinger_sq"} if self.gamma > 0 else {"entropy_s"})
+
+    def _log_weights(self, values, population):
+        log_w = torch.xlogy(self.alpha, values["entropy_s"].double().clamp(min=0))
+        if self.gamma > 0:
+            log_w = log_w + torch.xlogy(self.gamma, values["hellinger_sq"].double().clamp(min=0))
+        largest = torch.where(population, log_w, -torch.inf).amax()
+        # Logs of two positive fp32 numbers differ by less than 200, Gumbel noise in float64 by less than 64.
+        zero = -200.0 * (self.alpha + self.gamma) - 64.0
+        return torch.where(log_w > -torch.inf, log_w - largest, zero)
+
+    def _scores(self, values, population):
+        _check_generator(self.generator, population.device)
+        log_w = self._log_weights(values, population)
+        return log_w - torch.empty_like(log_w).exponential_(generator=self.generator).log()
+
+    def _weights(self, values, population, mask, runner_up):
+        if not self.unbiased:
+            return None
+        inclusion = -torch.expm1(-torch.exp(self._log_weights(values, population) - runner_up))
+        return torch.where(mask, 1 / inclusion, 0.0).float()
+
+
+@torch.no_grad()
+def quadrants(
+    stats: TokenStats, row_mask: Tensor | None = None, *, entropy: Cut = 0.3, divergence: Cut = 0.1
+) -> Tensor:
+    """The TIP quadrant of every row: (N,) int8, on the device and without synchronising.
+
+        1  entropy high, divergence high: uncertain and wrong      2  high, low: uncertain, agrees with the teacher
+        3  entropy low, divergence high: overconfident and wrong   4  low, low: solved            0  masked or NaN
+
+    low entropy: entropy_s < entropy; high divergence: kl_rev = KL(student || teacher) > divergence; both strict.
+
+    stats       TokenStats with entropy_s and kl_rev
+    row_mask    bool (N,) or (B, T), True for rows that count; None: all do
+    entropy, divergence  a finite float in nats, or ("quantile", q) over the rows that count, q in [0, 1]
+
+    Raises ValueError naming the argument. Source: TIP (arXiv 2604.14084), which gives no numeric thresholds; R36.
+    """
+    _check_cut("entropy", entropy)
+    _check_cut("divergence", divergence)
+    shape, device = _layout(stats)
+    h, d = (_statistic(stats, name, "quadrants") for name in ("entropy_s", "kl_rev"))
+    rows = _unmasked(row_mask, shape, device) & ~h.isnan() & ~d.isnan()
+    if rows.numel() == 0:
+        return rows.to(torch.int8)
+    low_entropy = h < _cut(entropy, h, rows)
+    low_divergence = ~(d > _cut(divergence, d, rows))
+    return torch.where(rows, 1 + 2 * low_entropy.to(torch.int8) + low_divergence.to(torch.int8), 0).to(torch.int8)
+
+
+def _layout(stats: TokenStats) -> tuple[tuple[int, ...], torch.device]:
+    """(N,) or (B, T), and the device of the statistics."""
+    expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
+    measured = [value for name in _STATISTICS if (value := getattr(stats, name)) is not None]
+    expect(bool(measured), "stats", "at least one measured statistic", stats)
+    return stats._batch_shape or (measured[0].numel(),), measured[0].device
+
+
+def _unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if row_mask is None:
+        return torch.ones(math.prod(shape), dtype=torch.bool, device=device)
+    return flat_rows("row_mask", row_mask, shape, (torch.bool,), device)
+
+
+def _rollouts(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) int64, the rollout of each row."""
+    if rollout_ids is not None:
+        return flat_rows("rollout_ids", rollout_ids, shape, (torch.int64,), device)
+    tokens = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    return torch.arange(math.prod(shape), device=device) // max(tokens, 1)
+
+
+def _statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
+    """(N,) fp32."""
+    value = getattr(stats, name)
+    if value is None:
+        how = _HOW_TO_MEASURE.get(name, "the student" if name.endswith("_s") else "a teacher")
+        raise ValueError(f"stats: {reader} reads {name}, which is None: measure it with {how} in token_stats")
+    return value.detach().float()
+
+
+def _normal_entropy(values: dict[str, Tensor], population: Tensor) -> Tensor:
+    """The paper's h: entropy_s clipped at its 0.98 quantile, then min-max, (N,) float64."""
+    entropy = values["entropy_s"].double()
+    return min_max(entropy.minimum(quantile(entropy, population, 0.98)), population)
+
+
+def _cut(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
+    """A threshold as a number to compare fp32 x with."""
+    return quantile(x, rows, cut[1]).float() if isinstance(cut, tuple) else float(cut)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_statistic(name: str, value: object) -> None:
+    expect(value in _STATISTICS, name, f"a TokenStats statistic ({', '.join(_STATISTICS)})", value)
+
+
+def _check_cut(name: str, cut: object) -> None:
+    if isinstance(cut, tuple):
+        ok = len(cut) == 2 and cut[0] == "quantile" and (isinstance(cut[1], float) or _is_int(cut[1]))
+        expect(ok and 0 <= cut[1] <= 1, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
+    else:
+        ok = (isinstance(cut, float) or _is_int(cut)) and math.isfinite(cut)
+        expect(ok, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
+
+
+def _check_generator(generator: object, device: torch.device | None = None) -> None:
+    ok = generator is None or isinstance(generator, torch.Generator)
+    expect(ok, "generator", "a torch.Generator or None", generator)
+    if device is not None and generator is not None:
+        expect(generator.device.type == device.type, "generator", f"a torch.Generator on {device}", generator)
