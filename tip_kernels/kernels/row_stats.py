@@ -1,0 +1,448 @@
+"""MEASURE from logits in memory: every statistic of a row in one read of both models.
+
+    z = softcap tanh(scale logits / softcap) / temperature          (without a softcap: scale logits / temperature)
+
+A row is cut into parts of PART columns, one program each; a second kernel merges a row's parts in column order and
+writes the statistics (formulas: `_online.py`). PART, TILE and the order of every sum are fixed, so a row's bits depend
+on nothing but its logits and settings: not on N, its neighbours, the run, or whether the logits came whole or as tiles.
+
+A part is read with per-lane sums and a shift taken from its first columns (`_part_lanes`); that needs no maximum in
+the loop. Where this cannot be exact (a banned token, NaN, +inf, a logit 22 nats above the shift, the ragged end) the
+columns are folded again tile by tile with everything checked (`_part_tiles`).
+
+Rows whose stride is no multiple of 16 bytes are read element by element: correct, but below the memory's rate. (Peeling
+the start of such rows would make a row's bits depend on its position.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._online import (
+    FLOOR,
+    Lanes,
+    One,
+    Pair,
+    Top,
+    add_one,
+    add_pair,
+    add_top,
+    alive,
+    close_one,
+    close_pair,
+    finish_one,
+    finish_pair,
+    grid_ceil,
+    half_unit,
+    merge,
+    merge_one,
+    merge_top,
+    no_one,
+    no_pair,
+    no_top,
+    settle,
+    settle_one,
+    tanh,
+    tile_one,
+    tile_pair,
+    tile_top,
+    top_of_lanes,
+    widen,
+)
+
+PART = 8192  # columns of one program; 19 parts at V = 152k
+ROWS = 32  # rows of one program of `finish_kernel`
+
+# ---- kernels
+
+
+class Model(NamedTuple):
+    """One model's row: where it starts, half-exponent units per unit of (capped) logit, and the factor inside tanh."""
+
+    row: tl.tensor
+    unit: tl.tensor
+    inner: tl.tensor
+
+
+@triton.jit
+def capped(z, inner):
+    """z, or tanh(inner z) where there is a softcap; the factor in front is part of the unit."""
+    if inner is None:
+        return z
+    else:
+        return tanh(inner * z)
+
+
+@triton.jit
+def _read(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
+    """TILES tiles from `column` on, as stored; all loads are issued before the first is used."""
+    raw = ()
+    for j in tl.static_range(TILES):
+        raw = raw + (tl.load(model.row + column + j * TILE + lane),)  # noqa: RUF005 (Triton has no unpacking)
+    return raw
+
+
+@triton.jit
+def _open_lanes(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
+    """(empty lanes with the shift that the first TILES tiles ask for, whether those hold anything finite)."""
+    raw = _read(model, column, lane, TILE, TILES)
+    most = tl.maximum(widen(raw[0]), FLOOR)
+    for j in tl.static_range(1, TILES):
+        most = tl.maximum(most, widen(raw[j]))
+    most = tl.max(most)
+    zero = tl.zeros([TILE], tl.float32)
+    return One(grid_ceil(capped(most, model.inner) * model.unit), zero, zero), most > FLOOR
+
+
+@triton.jit
+def _part_lanes(s, t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """State of [begin, end), a whole number of TILES tiles and at least one, and whether it is exact."""
+    lane = tl.arange(0, TILE)
+    zero = tl.zeros([TILE], tl.float32)
+    one_s, some = _open_lanes(s, begin, lane, TILE, TILES)
+    one_t, pair = one_s, Lanes(zero, zero, zero, zero)
+    top_s = Top(zero + FLOOR, zero + FLOOR, lane)
+    top_t = top_s
+    if t.row is not None:
+        one_t, some_t = _open_lanes(t, begin, lane, TILE, TILES)
+        some = some & some_t
+    for column in range(begin, tl.where(some, end, begin), TILE * TILES):
+        raw_s = _read(s, column, lane, TILE, TILES)
+        raw_t = raw_s
+        if t.row is not None:
+            raw_t = _read(t, column, lane, TILE, TILES)
+        for j in tl.static_range(TILES):
+            y_s = capped(widen(raw_s[j]), s.inner)
+            one_s, u_s, h_s, e_s = add_one(one_s, y_s, s.unit)
+            if MARGINS:
+                top_s = add_top(top_s, y_s, column + j * TILE)
+            if t.row is not None:
+                y_t = capped(widen(raw_t[j]), t.inner)
+                one_t, u_t, h_t, e_t = add_one(one_t, y_t, t.unit)
+                pair = add_pair(pair, u_s, h_s, e_s, u_t, h_t, e_t)
+                if MARGINS:
+                    top_t = add_top(top_t, y_t, column + j * TILE)
+    one_s, exact = close_one(one_s)
+    one_t, exact_t = close_one(one_t)
+    pair, exact_pair = close_pair(pair)
+    if t.row is not None:
+        exact = exact & exact_t & exact_pair
+    return one_s, one_t, pair, top_of_lanes(top_s, lane), top_of_lanes(top_t, lane), exact
+
+
+@triton.jit
+def _tile(model, column, lane, end):
+    """One tile of (capped) logits; columns from `end` on read as banned."""
+    inside = column + lane < end
+    y = capped(widen(tl.load(model.row + column + lane, mask=inside, other=0.0)), model.inner)
+    return tl.where(inside, y, float("-inf"))
+
+
+@triton.jit
+def _part_tiles(s, t, one_s, one_t, pair, top_s, top_t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr):
+    """The given state merged with the columns [begin, end), whatever they hold."""
+    lane = tl.arange(0, TILE)
+    for column in range(begin, end, TILE):
+        y_s = _tile(s, column, lane, end)
+        new_s, u_s, h_s, e_s, banned_s = tile_one(y_s, s.unit)
+        if MARGINS:
+            top_s = merge_top(top_s, tile_top(y_s, column, lane))
+        if t.row is None:
+            one_s = merge_one(one_s, new_s)
+        else:
+            y_t = _tile(t, column, lane, end)
+            new_t, u_t, h_t, e_t, banned_t = tile_one(y_t, t.unit)
+            new = tile_pair(u_s, h_s, e_s, banned_s, u_t, h_t, e_t, banned_t)
+            one_s, one_t, pair = merge(one_s, one_t, pair, new_s, new_t, new)
+            if MARGINS:
+                top_t = merge_top(top_t, tile_top(y_t, column, lane))
+    return one_s, one_t, pair, top_s, top_t
+
+
+@triton.jit(do_not_specialize=["stride_s", "stride_t", "n_rows", "n_cols", "n_parts", "first_part", "all_parts"])
+def fold_kernel(
+    state_ptr, s_ptr, t_ptr, temperature_ptr,
+    temperature, outer_s, inner_s, outer_t, inner_t,
+    stride_s, stride_t, n_rows, n_cols, n_parts, first_part, all_parts,
+    MARGINS: tl.constexpr, ALIGNED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Folds part `pid % n_parts` of row `pid // n_parts` into state[field, first_part + part, row]."""
+    pid = tl.program_id(0)
+    row = (pid // n_parts).to(tl.int64)
+    part = pid % n_parts
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
+    s = Model(s_ptr + tl.multiple_of(row * stride_s, ALIGNED), half_unit(outer_s, temperature), inner_s)
+    t = Model(None, 0.0, None)
+    if t_ptr is not None:
+        t = Model(t_ptr + tl.multiple_of(row * stride_t, ALIGNED), half_unit(outer_t, temperature), inner_t)
+
+    one_s, one_t, pair, top_s, top_t = no_one(), no_one(), no_pair(), no_top(), no_top()
+    begin = part * PART
+    end = tl.minimum(begin + PART, n_cols)
+    whole = begin + (end - begin) // (TILE * TILES) * (TILE * TILES)
+    done = begin
+    if whole > begin:
+        new_s, new_t, new, new_top_s, new_top_t, exact = _part_lanes(s, t, begin, whole, MARGINS, TILE, TILES)
+        if exact:
+            one_s, one_t, pair, top_s, top_t = new_s, new_t, new, new_top_s, new_top_t
+            done = whole
+    one_s, one_t, pair, top_s, top_t = _part_tiles(s, t, one_s, one_t, pair, top_s, top_t, done, end, MARGINS, TILE)
+
+    out = state_ptr + (first_part + part).to(tl.int64) * n_rows + row
+    stride = all_parts.to(tl.int64) * n_rows
+    before = first_part * PART
+    if t_ptr is None:
+        one_s = settle_one(one_s)
+        store_fields(out, stride, 0, (one_s.shift, one_s.mass, one_s.moment))
+        if MARGINS:
+            store_fields(out, stride, 3, (top_s.first, top_s.second, (top_s.column + before).to(tl.float32)))
+    else:
+        one_s, one_t, pair = settle(one_s, one_t, pair)
+        store_fields(out, stride, 0, (one_s.shift, one_s.mass, one_s.moment, one_t.shift, one_t.mass, one_t.moment))
+        store_fields(out, stride, 6, (pair.drift_t, pair.drift_s, pair.spread, pair.ban_s, pair.ban_t))
+        if MARGINS:
+            store_fields(out, stride, 11, (top_s.first, top_s.second, (top_s.column + before).to(tl.float32)))
+            store_fields(out, stride, 14, (top_t.first, top_t.second, (top_t.column + before).to(tl.float32)))
+
+
+@triton.jit
+def store_fields(ptr, stride, FIRST: tl.constexpr, values):
+    for i in tl.static_range(len(values)):
+        tl.store(ptr + (FIRST + i) * stride, values[i])
+
+
+@triton.jit
+def _load_one(ptr, stride, FIRST: tl.constexpr, live):
+    shift = tl.load(ptr + FIRST * stride, mask=live, other=FLOOR)
+    mass = tl.load(ptr + (FIRST + 1) * stride, mask=live, other=0.0)
+    return One(shift, mass, tl.load(ptr + (FIRST + 2) * stride, mask=live, other=0.0))
+
+
+@triton.jit
+def _load_pair(ptr, stride, FIRST: tl.constexpr, live):
+    values = ()
+    for i in tl.static_range(5):
+        values = values + (tl.load(ptr + (FIRST + i) * stride, mask=live, other=0.0),)  # noqa: RUF005
+    return Pair(values[0], values[1], values[2], values[3], values[4])
+
+
+@triton.jit
+def _load_top(ptr, stride, FIRST: tl.constexpr, live):
+    first = tl.load(ptr + FIRST * stride, mask=live, other=FLOOR)
+    second = tl.load(ptr + (FIRST + 1) * stride, mask=live, other=FLOOR)
+    return Top(first, second, tl.load(ptr + (FIRST + 2) * stride, mask=live, other=0.0))
+
+
+@triton.jit
+def _margin(top, one, outer, temperature):
+    """Top-1 minus top-2 in nats; +inf with fewer than two finite logits, NaN for a row that is not alive."""
+    margin = (top.first - top.second) * (outer / temperature)
+    margin = tl.where(top.second > FLOOR, margin, float("inf"))
+    return tl.where(alive(one), margin, float("nan"))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_parts"])
+def finish_kernel(
+    out_ptr, state_ptr, temperature_ptr, temperature, outer_s, outer_t, n_rows, n_parts,
+    TEACHER: tl.constexpr, MARGINS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Merges the parts of ROWS rows in column order and writes the statistics, field-major (field, row)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < n_rows
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row, mask=live, other=1.0)
+    stride = n_parts.to(tl.int64) * n_rows
+    s = _load_one(state_ptr + row, stride, 0, live)
+    if TEACHER:
+        t = _load_one(state_ptr + row, stride, 3, live)
+        pair = _load_pair(state_ptr + row, stride, 6, live)
+    if MARGINS:
+        top_s = _load_top(state_ptr + row, stride, 11 if TEACHER else 3, live)
+        if TEACHER:
+            top_t = _load_top(state_ptr + row, stride, 14, live)
+    at = state_ptr + row
+    for _ in range(1, n_parts):
+        at += n_rows
+        new_s = _load_one(at, stride, 0, live)
+        if TEACHER:
+            s, t, pair = merge(s, t, pair, new_s, _load_one(at, stride, 3, live), _load_pair(at, stride, 6, live))
+        else:
+            s = merge_one(s, new_s)
+        if MARGINS:
+            top_s = merge_top(top_s, _load_top(at, stride, 11 if TEACHER else 3, live))
+            if TEACHER:
+                top_t = merge_top(top_t, _load_top(at, stride, 14, live))
+    if TEACHER:
+        s, t, pair = settle(s, t, pair)
+        store_rows(out_ptr + row, n_rows, 0, finish_one(s) + finish_one(t) + finish_pair(s, t, pair), live)
+        if MARGINS:
+            agree = tl.where((top_s.column == top_t.column) & alive(s) & alive(t), 1.0, 0.0)
+            margins = (_margin(top_s, s, outer_s, temperature), _margin(top_t, t, outer_t, temperature), agree)
+            store_rows(out_ptr + row, n_rows, 11, margins, live)
+    else:
+        s = settle_one(s)
+        store_rows(out_ptr + row, n_rows, 0, finish_one(s), live)
+        if MARGINS:
+            store_rows(out_ptr + row, n_rows, 4, (_margin(top_s, s, outer_s, temperature),), live)
+
+
+@triton.jit
+def store_rows(ptr, stride, FIRST: tl.constexpr, values, live):
+    """values[i] of every row to field FIRST + i."""
+    for i in tl.static_range(len(values)):
+        tl.store(ptr + (FIRST + i) * stride.to(tl.int64), values[i], mask=live)
+
+
+# ---- launch
+
+
+ONE_FIELDS = ("shift_s", "logsum_s", "lse_s", "entropy_s")
+PAIR_FIELDS = (*ONE_FIELDS, "shift_t", "logsum_t", "lse_t", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq")
+
+
+@dataclass(frozen=True, eq=False)
+class RowState:
+    """Unfinished sums of N rows over a vocabulary, and the settings that they are being taken under.
+
+    sums: (F, parts, N) fp32, part p being columns [p PART, (p+1) PART); F is 3 or 11, plus 3 a model with margins.
+    """
+
+    sums: Tensor
+    vocab: int
+    teacher: bool
+    margins: bool
+    temperature: float | Tensor
+    scale_s: float
+    scale_t: float
+    softcap_s: float | None
+    softcap_t: float | None
+
+
+def new_state(
+    n_rows: int,
+    vocab: int,
+    device: torch.device | str,
+    *,
+    teacher: bool = True,
+    margins: bool = False,
+    temperature: float | Tensor = 1.0,
+    scale_s: float = 1.0,
+    scale_t: float = 1.0,
+    softcap_s: float | None = None,
+    softcap_t: float | None = None,
+) -> RowState:
+    """State for rows of `vocab` columns, to be filled by `fold_tile` and read by `finish`.
+
+    temperature is a positive float or an (N,) tensor and divides both models' logits; scale and softcap are positive.
+    """
+    if vocab < 1 or vocab >= 2**24:
+        raise ValueError(f"vocab must be in [1, 2**24), got {vocab}")
+    if isinstance(temperature, Tensor):
+        if temperature.shape != (n_rows,):
+            raise ValueError(
+                f"temperature must be a float or a tensor of shape ({n_rows},), got {tuple(temperature.shape)}"
+            )
+        temperature = temperature.to(device=device, dtype=torch.float32).contiguous()
+    fields = (11 if teacher else 3) + (3 * (1 + teacher) if margins else 0)
+    sums = torch.empty(fields, triton.cdiv(vocab, PART), n_rows, dtype=torch.float32, device=device)
+    return RowState(sums, vocab, teacher, margins, temperature, scale_s, scale_t, softcap_s, softcap_t)
+
+
+def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None, column: int = 0) -> None:
+    """Folds the columns [column, column + width) of every row into the state; each column must be folded exactly once.
+
+    logits_s, logits_t: (N, width) bf16, fp16 or fp32, unit stride along the width, before scale and softcap. `column`
+    is a multiple of PART, and so is the width unless the tile ends the vocabulary. Does not synchronise.
+    """
+    n_rows, width = logits_s.shape
+    tiles = [("logits_s", logits_s)] + ([("logits_t", logits_t)] if logits_t is not None else [])
+    if state.teacher != (logits_t is not None):
+        raise ValueError(f"logits_t must be {'a tensor' if state.teacher else 'None'} for this state")
+    for name, tile in tiles:
+        if tile.shape != (state.sums.shape[2], width):
+            raise ValueError(f"{name} must have shape ({state.sums.shape[2]}, {width}), got {tuple(tile.shape)}")
+        if tile.stride(1) != 1 and width > 1:
+            raise ValueError(f"{name} must have unit stride along the vocabulary, got {tile.stride()}")
+    if column % PART or column + width > state.vocab or (width % PART and column + width != state.vocab):
+        raise ValueError(
+            f"column and width must cut [0, {state.vocab}) at multiples of {PART}, got {column} and {width}"
+        )
+    if n_rows == 0:
+        return
+    parts = triton.cdiv(width, PART)
+    fold_kernel[(n_rows * parts,)](
+        state.sums, logits_s, logits_t, *_temperature(state.temperature),
+        *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
+        logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
+        n_rows, width, parts, column // PART, state.sums.shape[1],
+        MARGINS=state.margins, ALIGNED=row_alignment(*(tile for _, tile in tiles)), PART=PART,
+        **fold_config(state.margins, state.softcap_s is not None or state.softcap_t is not None),
+    )  # fmt: skip
+
+
+def finish(state: RowState) -> dict[str, Tensor]:
+    """Statistics of every row, (N,) fp32 each, in nats: see `row_stats`. Does not synchronise."""
+    n_rows = state.sums.shape[2]
+    names = PAIR_FIELDS if state.teacher else ONE_FIELDS
+    if state.margins:
+        names = (*names, "margin_s", "margin_t", "agree") if state.teacher else (*names, "margin_s")
+    out = torch.empty(len(names), n_rows, dtype=torch.float32, device=state.sums.device)
+    if n_rows:
+        finish_kernel[(triton.cdiv(n_rows, ROWS),)](
+            out, state.sums, *_temperature(state.temperature),
+            softcap_factors(state.scale_s, state.softcap_s)[0], softcap_factors(state.scale_t, state.softcap_t)[0],
+            n_rows, state.sums.shape[1],
+            TEACHER=state.teacher, MARGINS=state.margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    stats = dict(zip(names, out.unbind(0), strict=True))
+    if "agree" in stats:
+        stats["agree"] = stats["agree"] > 0.5
+    return stats
+
+
+def row_stats(
+    logits_s: Tensor, logits_t: Tensor | None = None, *, margins: bool = False, **settings
+) -> dict[str, Tensor]:
+    """Every statistic of each row from one read of the logits.
+
+    logits_s, logits_t: (N, V) bf16, fp16 or fp32 (each its own), unit stride along V. settings: temperature, scale_s,
+    scale_t, softcap_s, softcap_t, as in `new_state`.
+    Returns (N,) fp32 tensors in nats: shift_s, logsum_s, lse_s = shift_s + logsum_s, entropy_s, with a teacher the same
+    of the teacher, kl_fwd = KL(t || s), kl_rev = KL(s || t) and hellinger_sq; with margins margin_s, margin_t and agree
+    (bool). log p = (z - shift) - logsum is finer than z - lse. A row with NaN, +inf or nothing but -inf is NaN in every
+    statistic that reads it (agree is False there). Does not synchronise.
+    """
+    state = new_state(*logits_s.shape, logits_s.device, teacher=logits_t is not None, margins=margins, **settings)
+    fold_tile(state, logits_s, logits_t)
+    return finish(state)
+
+
+def softcap_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(factor outside tanh, factor inside), or (scale, None) without a softcap."""
+    return (scale, None) if softcap is None else (softcap, scale / softcap)
+
+
+def row_alignment(*tiles: Tensor) -> int:
+    """8 if every row starts at a multiple of 8 elements, else 1: all of a shape that a kernel is compiled for."""
+    return 8 if all(tile.stride(0) % 8 == 0 for tile in tiles) else 1
+
+
+def fold_config(margins: bool, capped: bool) -> dict[str, int | bool]:
+    """Pinned launch settings of `fold_kernel`: 8 columns a lane and tile, one warp a program."""
+    return {
+        "TILE": 8 * (64 if torch.version.hip else 32),
+        "TILES": 1 if capped else 2 if margins else 4,
+        "num_warps": 1,
+        "enable_fp_fusion": False,  # the bits must not depend on the compiler's default
+    }
+
+
+def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
