@@ -227,6 +227,7 @@ def test_min_rows_of_zero_may_leave_a_rollout_empty():
 def test_ties_go_to_the_earlier_token():
     flat = stats_of(entropy_s=[0.0, -0.0, 0.0, -0.0])
     assert kept_ids(sel.TopEntropy(0.5), flat) == [0, 1]
+    assert not sel.TopEntropy(0.5)(flat).scores.signbit().any()
     assert kept_ids(sel.TopEntropy(0.5), flat, rollout_ids=torch.tensor([5, -5, 5, -5])) == [0, 1]
     # h and d change places in rows 0 and 2: their Soft-OR scores tie, below row 3's.
     stats = stats_of(entropy_s=[0.1, 0.0, 0.2, 0.3], kl_rev=[0.2, 0.0, 0.1, 0.3])
@@ -476,6 +477,7 @@ def test_capacity_is_tight():
     assert sel.TopEntropy(0.2).capacity(100, 1) == sel.TopEntropy(0.2, scope="batch").capacity(100) == 20
     assert sel.TopEntropy(0.2, min_rows=0).capacity(100, 4) == 20
     assert sel.TopEntropy(0.2).capacity(100, 4) == 23
+    assert sel.TopEntropy(1 / 3 - 1e-7, min_rows=0).capacity(3, 1) == 1  # the quota's 1e-6 rounds 0.9999997 up
     assert sel.TopEntropy(3).capacity(100, 4) == 12
     assert sel.TopEntropy(3, min_rows=5).capacity(100, 4) == 20
     assert sel.TopEntropy(0.2).capacity(100) == sel.TopEntropy(3).capacity(100) == 100
@@ -504,9 +506,10 @@ def test_sample_entropy_draws_rows_of_zero_weight_last_and_uniformly():
         often = sel.SampleEntropy(3, alpha, generator=g)(stats).mask.view(draws, 5).double().mean(0)
         assert often[1] == often[3] == 1
         assert ((often[[0, 2, 4]] - 1 / 3).abs() < 4.5 * (2 / 9 / draws) ** 0.5).all()
-    zero = stats_of((draws, 2), entropy_s=torch.zeros(2 * draws))
-    often = sel.SampleEntropy(1, generator=g)(zero).mask.view(draws, 2).double().mean(0)
-    assert ((often - 0.5).abs() < 4.5 * (1 / 4 / draws) ** 0.5).all()
+    for entropy, alpha in ([0.0, 0.0], 1.0), ([-1e-9, 3.0], 0.0):
+        stats = stats_of((draws, 2), entropy_s=torch.tensor(entropy * draws))
+        often = sel.SampleEntropy(1, alpha, generator=g)(stats).mask.view(draws, 2).double().mean(0)
+        assert ((often - 0.5).abs() < 4.5 * (1 / 4 / draws) ** 0.5).all()
 
 
 def test_sample_entropy_ignores_the_unit_of_entropy():
