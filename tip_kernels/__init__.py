@@ -2,7 +2,21 @@
 
 from tip_kernels.backends import backend
 from tip_kernels.distill import Distilled, Plan, distill
-from tip_kernels.divergences import Divergence, ForwardKL, Jeffreys, ReverseKL
+from tip_kernels.divergences import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    HellingerSq,
+    Jeffreys,
+    Renyi,
+    ReverseKL,
+    SampledReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
+)
 from tip_kernels.losses import divergence_loss
 from tip_kernels.select import (
     KeepAll,
@@ -23,21 +37,30 @@ from tip_kernels.sources import Head
 from tip_kernels.stats import TokenStats, token_stats
 
 __all__ = [
+    "JSD",
+    "TVD",
+    "AlphaBeta",
     "Distilled",
     "Divergence",
     "ForwardKL",
     "Head",
+    "HellingerSq",
     "Jeffreys",
     "KeepAll",
     "Kept",
     "Overconfident",
     "Plan",
     "RandomRows",
+    "Renyi",
     "ReverseKL",
     "Rule",
     "SampleEntropy",
+    "SampledReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "SoftOr",
     "Threshold",
+    "ToDi",
     "TokenStats",
     "TopDivergence",
     "TopEntropy",

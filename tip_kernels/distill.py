@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.divergences import Divergence, ReverseKL
-from tip_kernels.losses import row_loss, rows_of_stats
+from tip_kernels.eager.online import Blend
+from tip_kernels.losses import CrossEntropy, RowTask, row_loss, rows_of_stats
 from tip_kernels.select import Kept, Rule, SoftOr
 from tip_kernels.sources import Head, Rows, check_pair, rows_of
 from tip_kernels.stats import (
@@ -27,6 +28,7 @@ from tip_kernels.stats import (
     stats_record,
 )
 
+_FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
 
 
@@ -66,6 +68,7 @@ def distill(
     row_mask: Tensor | None = None,
     rollout_ids: Tensor | None = None,
     labels: Tensor | None = None,
+    ce_weight: float = 0.0,
     row_weights: Tensor | None = None,
     temperature: Temperature = 1.0,
     temperature_sq: bool = False,
@@ -83,20 +86,24 @@ def distill(
     row_mask          bool (N,) or (B, T): True for trainable tokens. Others are never kept; with a mask on the CPU they
                       are not measured either and are NaN in out.stats
     rollout_ids       int64 (N,) or (B, T): the rollout of each row; without them a (B, T) batch holds B rollouts
-    labels            int64 (N,) or (B, T), -100 for none: the token each row predicts, for rules that read logp
+    labels            int64 (N,) or (B, T), -100 for none: the token each row predicts; for rules that read logp, for
+                      SampledReverseKL and for ce_weight
+    ce_weight         in [0, 1]: mixes a label loss at temperature 1 from the same sweep,
+                      ce_weight * CE + (1 - ce_weight) * D; CE is 0 in a row without a label
     row_weights       float (N,) or (B, T)
     temperature       a positive float, a float tensor (N,) or (B, T), or a callable `stats -> (N,)`: rows are then
                       measured at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits
-    temperature_sq    multiplies each row's loss by its temperature squared
+    temperature_sq    multiplies each row's divergence by its temperature squared
     normalizer        "kept" = sum of w (the number of kept rows without weights), "all" = unmasked rows that no
                       measurement found NaN, or a positive number
     workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors
     full_stats        measure every statistic of every row, also what neither rule nor loss needs
 
     Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row
-    whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once. Statistics
-    that neither the rule nor the loss needs are None; where the rule needs none of the teacher, the teacher's are NaN in
-    rows that were not kept. Does not synchronise between measuring and backward for a rule with a quota.
+    whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once.
+    Statistics that neither the rule nor the loss needs are None; where the rule needs none of the teacher, the
+    teacher's are NaN in rows that were not kept. Does not synchronise between measuring and backward for a rule with a
+    quota.
 
     Raises ValueError naming the argument. Method: measure, select, learn; TIP (arXiv 2604.14084).
     """
@@ -110,6 +117,10 @@ def distill(
     weights = None
     if row_weights is not None:
         weights = flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)
+    expect(0 <= finite_number("ce_weight", ce_weight) <= 1, "ce_weight", "a number in [0, 1]", ce_weight)
+    if labels is None and (ce_weight or divergence.needs & LABEL_FIELDS):
+        reader = "ce_weight" if ce_weight else type(divergence).__name__
+        raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
     adaptive = callable(temperature)
     measured_at = 1.0 if adaptive else row_temperature(temperature, rows_s.batch_shape, rows_s.device)
     ok = normalizer in ("kept", "all") if isinstance(normalizer, str) else finite_number("normalizer", normalizer) > 0
@@ -125,15 +136,19 @@ def distill(
     if at_rows is None:
         at_rows = batch.measure_late(ids, divergence.needs, learned_at)
         stats = stats if adaptive else batch.filled(stats, at_rows, ids)
-    batch.count(ids, 2 + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
+    row_sums = 2 * any(term.class_b for _, term in divergence.terms)
+    batch.count(ids, row_sums + 2 + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
 
-    losses = row_loss(rows_s, rows_t, ids, at_rows, divergence, learned_at, batch.workspace)
+    factor = 1.0 - ce_weight
+    if temperature_sq:
+        factor = factor * (learned_at[ids] if isinstance(learned_at, Tensor) else learned_at) ** 2
+    ce = CrossEntropy(ce_weight, batch.label_rows(ids, at_rows, stats, learned_at)) if ce_weight else None
+    task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, factor, ce)
+    losses = row_loss(rows_s, rows_t, task)
     usable = valid & torch.isfinite(losses.detach())
     w = usable.float()
     for factor in (weights, kept._weights):
         w = w if factor is None else w * factor[ids]
-    if temperature_sq:
-        losses = losses * (learned_at[ids] if isinstance(learned_at, Tensor) else learned_at) ** 2
     loss = (w * torch.where(usable, losses, 0.0)).sum() / batch.normalizer(normalizer, w)
     dropped = (valid & ~usable).sum()
     if dropped.device.type == "cpu" and int(dropped):
@@ -180,11 +195,21 @@ class _Batch:
         measured = self._measure(self.trainable, want, temperature, with_teacher) if want else {}
         if self.trainable is not None:
             measured = {name: _scattered(value, self.trainable, self.n_rows) for name, value in measured.items()}
-        return stats_record(measured, self.student, temperature)
+        return stats_record(measured, self.student, temperature, self.labels)
 
     def measure_late(self, ids: Tensor, want: frozenset[str], temperature: float | Tensor) -> dict[str, Tensor]:
         """What the loss needs of the kept rows alone."""
         return self._measure(ids, want, temperature, with_teacher=True)
+
+    def label_rows(
+        self, ids: Tensor, at_rows: dict[str | Blend, Tensor], stats: TokenStats, temperature: float | Tensor
+    ) -> dict[str, Tensor]:
+        """The student's normaliser and label log-probability, at temperature 1, of the rows ids."""
+        if not isinstance(temperature, Tensor) and temperature == 1.0 and stats.logp_s is not None:
+            at_rows = {**at_rows, "logp_s": stats.logp_s[ids]}
+        else:
+            at_rows = self._measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
+        return {name: at_rows[name] for name in ("shift_s", "logsum_s", "logp_s")}
 
     def _measure(
         self, ids: Tensor | None, want: frozenset[str], temperature: float | Tensor, with_teacher: bool
@@ -211,9 +236,9 @@ class _Batch:
 
     def filled(self, stats: TokenStats, at_rows: dict[str, Tensor], ids: Tensor) -> TokenStats:
         """stats with the fields that were measured only of kept rows, NaN in the others."""
-        late = {_attribute(name): value for name, value in at_rows.items()}
-        missing = {name: value for name, value in late.items() if getattr(stats, name) is None}
-        return replace(stats, **{name: _scattered(value, ids, self.n_rows) for name, value in missing.items()})
+        here = {name: stats._get(name) for name in (*_FIELDS, *stats._blends) if stats._get(name) is not None}
+        late = {name: _scattered(value, ids, self.n_rows) for name, value in at_rows.items() if name not in here}
+        return stats_record(here | late, self.student, stats._temperature, self.labels)
 
     def slots(self, kept: Kept, rule: Rule, rollout_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Kept row ids and which of them are real: exact on a CPU, else as many slots as the rule may need."""
@@ -229,10 +254,6 @@ class _Batch:
             return kind
         total = w.sum() if kind == "kept" else self.sane.sum().float()
         return torch.where(total == 0, 1.0, total)
-
-
-def _attribute(name: str) -> str:
-    return f"_{name}" if name in PRIVATE_FIELDS else name
 
 
 def _scattered(value: Tensor, ids: Tensor, n_rows: int) -> Tensor:

@@ -5,8 +5,9 @@ S kept rows, V vocabulary, C columns of a tile, R rows of a block, H hidden widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from tip_kernels._checks import FLOATS, expect, flat_rows, row_temperature, work
 from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager import row_grad
+from tip_kernels.eager.online import Blend
 from tip_kernels.select import Kept
-from tip_kernels.sources import Head, HeadRows, Rows, check_pair, rows_of
-from tip_kernels.stats import PRIVATE_FIELDS, TokenStats, columns_of, measure, tile_shape
+from tip_kernels.sources import Head, HeadBlock, HeadRows, LogitBlock, Rows, check_pair, rows_of
+from tip_kernels.stats import (
+    IGNORE_LABEL,
+    LABEL_FIELDS,
+    PRIVATE_FIELDS,
+    TokenStats,
+    columns_of,
+    measure,
+    tile_shape,
+)
 
 
 def divergence_loss(
@@ -68,16 +78,23 @@ def divergence_loss(
         at_rows = None
     else:
         expect(isinstance(stats, TokenStats), "stats", "what token_stats returned, or None", stats)
-        matches = stats._batch_shape == rows_s.batch_shape and stats._vocab == rows_s.vocab
+        matches = math.prod(stats._batch_shape) == rows_s.n_rows and stats._vocab == rows_s.vocab
         if not matches:
             raise ValueError(
-                f"stats: expected those of {rows_s.batch_shape} rows and {rows_s.vocab} entries, "
+                f"stats: expected those of {rows_s.batch_shape} rows and {rows_s.vocab} vocabulary entries, "
                 f"got {stats._batch_shape} and {stats._vocab}"
             )
         at_rows = rows_of_stats(stats, divergence, ids, temperature)
+    labels = None if stats is None else stats._labels
+    if divergence.needs & LABEL_FIELDS and labels is None:
+        raise ValueError(
+            f"stats: expected token_stats(..., labels=...), since {type(divergence).__name__} reads the sampled tokens"
+        )
     if at_rows is None:
-        at_rows = measure(rows_s, rows_t, divergence.needs, rows=ids, temperature=temperature, workspace=workspace)
-    loss = row_loss(rows_s, rows_t, ids, at_rows, divergence, temperature, workspace)
+        at_rows = measure(
+            rows_s, rows_t, divergence.needs, rows=ids, labels=labels, temperature=temperature, workspace=workspace
+        )
+    loss = row_loss(rows_s, rows_t, RowTask(divergence, ids, at_rows, temperature, workspace, labels))
     if row_weights is not None:
         loss = loss * flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)[ids]
     return loss
@@ -88,10 +105,7 @@ def rows_of_stats(
 ) -> dict[str, Tensor] | None:
     """What the loss needs of stats at the rows ids, or None where it was not measured, or at another temperature."""
     same = _same_temperature(temperature, stats._temperature)
-    fields = {
-        name: getattr(stats, f"_{name}" if name in PRIVATE_FIELDS else name)
-        for name in divergence.needs | PRIVATE_FIELDS
-    }
+    fields = {name: stats._get(name) for name in divergence.needs | PRIVATE_FIELDS}
     if not same or any(value is None for value in fields.values()):
         return None
     return {name: value[ids] for name, value in fields.items()}
@@ -103,20 +117,50 @@ def _same_temperature(a: float | Tensor, b: float | Tensor) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
-def row_loss(
-    student: Rows,
-    teacher: Rows,
-    ids: Tensor,
-    at_rows: dict[str, Tensor],
-    divergence: Divergence,
-    temperature: float | Tensor,
-    workspace: int,
-) -> Tensor:
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The label loss of kept rows, at temperature 1."""
+
+    weight: float
+    at_rows: Mapping[str, Tensor]  # (S,) shift_s, logsum_s and logp_s at temperature 1
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """Which loss of which rows: factor * divergence + ce.weight * cross-entropy."""
+
+    divergence: Divergence
+    ids: Tensor  # (S,) int64
+    at_rows: Mapping[str | Blend, Tensor]  # (S,) shift and logsum of both models, and what the divergence needs
+    temperature: float | Tensor  # a tensor is (N,)
+    workspace: int
+    labels: Tensor | None = None  # (N,)
+    factor: float | Tensor = 1.0  # a tensor is (S,)
+    ce: CrossEntropy | None = None
+
+
+def row_loss(student: Rows, teacher: Rows, task: RowTask) -> Tensor:
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
-    tau = temperature[ids] if isinstance(temperature, Tensor) else temperature
-    sweep = GradientSweep(ids, at_rows, divergence, tau, workspace, backend_for(student.device))
-    values = divergence.value(at_rows)
-    return _RowLoss.apply(values, sweep, student, teacher, *student.leaves)
+    tau = task.temperature[task.ids] if isinstance(task.temperature, Tensor) else task.temperature
+    normalisers = {name: task.at_rows[name] for name in PRIVATE_FIELDS}
+    sweep = Sweep(task.ids, normalisers, tau, task.workspace, backend_for(student.device))
+    sums = sweep.row_sums(student, teacher, [term for _, term in task.divergence.terms if term.class_b])
+    value, terms = 0.0, []
+    for weight, term in task.divergence.terms:
+        row = {**task.at_rows, **sums.get(term, {})}
+        value = value + weight * term.value(row)
+        terms.append(row_grad.Term(weight, term.gradient, term.params, term.scalars(row)))
+    factor = torch.as_tensor(task.factor, dtype=torch.float32, device=value.device).expand_as(value)
+    if (limit := task.divergence.max_per_row) is not None:
+        loss = value.clamp(max=limit) * factor
+        factor = torch.where(value > limit, 0.0, factor)
+    else:
+        loss = value * factor
+    labels = None if task.labels is None else task.labels[task.ids]
+    if task.ce is not None:
+        loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
+    gradient = GradientSweep(sweep, terms, factor, labels, task.ce)
+    return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -142,126 +186,203 @@ class _RowLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class GradientSweep:
-    """The gradient of sum_i upstream[i] * D(row ids[i]), by one sweep with the vocabulary in the outer loop.
-
-    Each slice of d(weight) is complete when its tile is done and is written once; d(hidden) accumulates in fp32.
-    """
+class Sweep:
+    """What every sweep over kept rows shares: the rows, both models' normalisers, and how tiles are made."""
 
     ids: Tensor  # (S,) int64
-    at_rows: Mapping[str, Tensor]  # (S,) shift, logsum and the gradient's scalars
-    divergence: Divergence
+    normalisers: Mapping[str, Tensor]  # (S,) shift and logsum of both models
     temperature: float | Tensor  # or (S,)
     workspace: int
     backend: str
 
+    def restricted_to(self, places: Tensor) -> Sweep:
+        return replace(
+            self,
+            ids=self.ids[places],
+            normalisers=_at(self.normalisers, places),
+            temperature=self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature,
+        )
+
+    def blocks(self, student: Rows, teacher: Rows, buffers: int) -> tuple[list[slice], int, list[Tensor]]:
+        """The blocks of rows, the columns of a tile, and two buffers for tiles of logits."""
+        n_rows = self.ids.numel()
+        block, columns = tile_shape(n_rows, student, teacher, self.workspace, buffers)
+        parts = [slice(r0, min(r0 + block, n_rows)) for r0 in range(0, n_rows, block)]
+        return parts, columns, [torch.empty(block * columns, device=student.device) for _ in range(2)]
+
+    def temperature_at(self, part: slice) -> float | Tensor:
+        return self.temperature[part].unsqueeze(1) if isinstance(self.temperature, Tensor) else self.temperature
+
+    def columns_at(self, part: slice) -> dict[str, Tensor]:
+        return {name: value[part].unsqueeze(1) for name, value in self.normalisers.items()}
+
+    @torch.no_grad()
+    def row_sums(self, student: Rows, teacher: Rows, terms: list[Divergence]) -> dict[Divergence, dict[str, Tensor]]:
+        """The row sums of class-B divergences, each {name: (S,)}, by one sweep; nothing is swept without any."""
+        if not terms:
+            return {}
+        asked = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in terms]
+        parts, columns, buffers = self.blocks(student, teacher, buffers=8)
+        done: list[list[dict[str, Tensor]]] = []
+        with torch.autocast(student.device.type, enabled=False):
+            for part in parts or [slice(0, 0)]:
+                blocks = student.block(self.ids[part]), teacher.block(self.ids[part])
+                tau, rows = self.temperature_at(part), self.columns_at(part)
+                totals: list[dict[str, Tensor]] = []
+                for v0, v1 in columns_of(student.vocab, columns):
+                    z_s, z_t = _tiles(blocks, (None, None), buffers, v0, v1)
+                    sums = row_grad.row_sums(_over(z_s, tau), _over(z_t, tau), asked, rows)
+                    totals = (
+                        [{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums
+                    )
+                done.append(totals)
+        return {
+            term: {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]}
+            for i, term in enumerate(terms)
+        }
+
+
+@dataclass(frozen=True)
+class GradientSweep:
+    """The gradient of sum_i upstream[i] * loss of row ids[i], by one sweep with the vocabulary in the outer loop.
+
+    Each slice of d(weight) is complete when its tile is done and is written once; d(hidden) accumulates in fp32.
+    """
+
+    sweep: Sweep
+    terms: list[row_grad.Term]
+    factor: Tensor  # (S,)
+    labels: Tensor | None  # (S,)
+    ce: CrossEntropy | None
+
     def run(self, student: Rows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of the student's leaves, None where not needed."""
         live = upstream != 0
-        sweep, dead = self, None
+        task, dead = self, None
         if upstream.device.type == "cpu":
             places = live.nonzero().squeeze(1)
-            sweep, upstream = self._restricted_to(places), upstream[places]
+            task, upstream = self._restricted_to(places), upstream[places]
         else:
             dead = (~live).unsqueeze(1)  # dropping rows would have to wait for the device
         if isinstance(student, HeadRows):
-            return sweep._through_head(student, teacher, upstream, need, dead)
-        return sweep._to_logits(student, teacher, upstream, dead)
+            return task._through_head(student, teacher, upstream, need, dead)
+        return task._to_logits(student, teacher, upstream, dead)
 
     def _restricted_to(self, places: Tensor) -> GradientSweep:
-        tau = self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature
-        at_rows = {name: value[places] for name, value in self.at_rows.items()}
-        return GradientSweep(self.ids[places], at_rows, self.divergence, tau, self.workspace, self.backend)
+        return GradientSweep(
+            self.sweep.restricted_to(places),
+            [term._replace(rows=_at(term.rows, places)) for term in self.terms],
+            self.factor[places],
+            None if self.labels is None else self.labels[places],
+            None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
+        )
 
     def _to_logits(self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None) -> list[Tensor]:
-        blocks, columns = self._blocks(student, teacher)
+        parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7)
         dlogits = torch.zeros_like(student.matrix)
-        buffers = self._buffers(blocks, columns, student.device)
         for v0, v1 in columns_of(student.vocab, columns):
-            for part in blocks:
-                ids = self.ids[part]
-                tiles = (student.block(ids), None), (teacher.block(ids), _weight_tile(teacher, v0, v1))
-                g = self._dlogits_tile(tiles, buffers, part, v0, v1, upstream, dead)
+            weight_t = _weight_tile(teacher, v0, v1)
+            for part in parts:
+                ids = self.sweep.ids[part]
+                z = _tiles((student.block(ids), teacher.block(ids)), (None, weight_t), buffers, v0, v1)
+                g = self._dlogits_tile(student, z, part, v0, upstream, dead)
                 dlogits[:, v0:v1].index_copy_(0, ids, g.to(dlogits.dtype))
         return [dlogits]
 
     def _through_head(
         self, student: HeadRows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
-        blocks, columns = self._blocks(student, teacher)
-        device, width = student.device, student.width
+        parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7)
+        all_ids, device, width = self.sweep.ids, student.device, student.width
         need_hidden, need_weight, need_bias = (*need, False)[:3]
-        dhidden = torch.zeros(self.ids.numel(), width, device=device) if need_hidden else None
+        dhidden = torch.zeros(all_ids.numel(), width, device=device) if need_hidden else None
         dweight = torch.zeros_like(student.weight) if need_weight else None
         dbias = torch.zeros_like(student.bias) if need_bias else None
-        buffers = self._buffers(blocks, columns, device)
-        in_place = need_weight and dweight.dtype == torch.float32
         for v0, v1 in columns_of(student.vocab, columns):
             weight_s, weight_t = _weight_tile(student, v0, v1), _weight_tile(teacher, v0, v1)
             if need_weight:
-                slice_ = dweight[v0:v1] if in_place else torch.zeros(v1 - v0, width, device=device)
-            bias_sum = torch.zeros(v1 - v0, device=device) if need_bias else None
-            for part in blocks:
-                ids = self.ids[part]
-                block_s, block_t = student.block(ids), teacher.block(ids)
-                g = self._dlogits_tile(
-                    ((block_s, weight_s), (block_t, weight_t)), buffers, part, v0, v1, upstream, dead
-                )
-                hidden = block_s.hidden if dead is None else block_s.hidden.masked_fill(dead[part], 0.0)
+                in_place = dweight.dtype == torch.float32
+                dweight_slice = dweight[v0:v1] if in_place else torch.zeros(v1 - v0, width, device=device)
+            dbias_slice = torch.zeros(v1 - v0, device=device) if need_bias else None
+            for part in parts:
+                blocks = student.block(all_ids[part]), teacher.block(all_ids[part])
+                z = _tiles(blocks, (weight_s, weight_t), buffers, v0, v1)
+                g = self._dlogits_tile(student, z, part, v0, upstream, dead)
                 if need_bias:
-                    bias_sum += g.sum(0)
+                    dbias_slice += g.sum(0)
                 g = g.to(weight_s.dtype)
                 if need_weight:
-                    _add_product(slice_, g.t(), hidden)
+                    hidden = blocks[0].hidden
+                    _add_product(dweight_slice, g.t(), hidden if dead is None else hidden.masked_fill(dead[part], 0.0))
                 if need_hidden:
                     _add_product(dhidden[part], g, weight_s)
             if need_weight and not in_place:
-                dweight[v0:v1] = slice_
+                dweight[v0:v1] = dweight_slice
             if need_bias:
-                dbias[v0:v1] = bias_sum
+                dbias[v0:v1] = dbias_slice
         if need_hidden:
             full = torch.zeros_like(student.hidden)
-            dhidden = full.index_copy_(0, self.ids, dhidden.to(full.dtype))
+            dhidden = full.index_copy_(0, all_ids, dhidden.to(full.dtype))
         return [dhidden, dweight, dbias][: len(need)]
 
     def _dlogits_tile(
-        self,
-        tiles: tuple,
-        buffers: list[Tensor],
-        part: slice,
-        v0: int,
-        v1: int,
-        upstream: Tensor,
-        dead: Tensor | None,
+        self, student: Rows, z: tuple[Tensor, Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
     ) -> Tensor:
-        """upstream * dD/d(logits before scale and softcap) of one tile, fp32 (R, C)."""
-        n_rows = part.stop - part.start
-        (block_s, weight_s), (block_t, weight_t) = tiles
-        z_s, z_t = (buffer[: n_rows * (v1 - v0)].view(n_rows, -1) for buffer in buffers)
-        block_s.tile(v0, v1, z_s, weight_s)
-        block_t.tile(v0, v1, z_t, weight_t)
-        tau = self.temperature[part].unsqueeze(1) if isinstance(self.temperature, Tensor) else self.temperature
-        source = block_s.source
-        slope = None if source.softcap is None else 1 - (z_s / source.softcap).square_()
-        if isinstance(tau, Tensor) or tau != 1.0:
-            z_s.div_(tau)
-            z_t.div_(tau)
-        rows = {name: value[part].unsqueeze(1) for name, value in self.at_rows.items()}
-        terms = [(weight, term.gradient) for weight, term in self.divergence.terms]
-        g = row_grad.dlogits(z_s, z_t, terms, rows)
-        g.mul_(upstream[part].unsqueeze(1) * (source.scale / tau))
+        """upstream * d(loss)/d(logits before scale and softcap) of one tile (R, C), fp32; overwrites z."""
+        z_s, z_t = z
+        tau, up = self.sweep.temperature_at(part), upstream[part].unsqueeze(1)
+        slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
+        dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, v0)
+        terms = [term._replace(rows={k: v[part].unsqueeze(1) for k, v in term.rows.items()}) for term in self.terms]
+        g = row_grad.dlogits(_over(z_s, tau), _over(z_t, tau), terms, self.sweep.columns_at(part))
+        for term in terms:
+            if "label_factor" in term.rows:
+                self._add_at_label(g, part, v0, term.weight * term.rows["label_factor"])
+        g.mul_(self.factor[part].unsqueeze(1) / tau)
+        if dce is not None:
+            g.add_(dce)
+        g.mul_(up * student.scale)
         if slope is not None:
             g.mul_(slope)
         return g if dead is None else g.masked_fill_(dead[part], 0.0)
 
-    def _blocks(self, student: Rows, teacher: Rows) -> tuple[list[slice], int]:
-        n_rows = self.ids.numel()
-        block, columns = tile_shape(n_rows, student, teacher, self.workspace, buffers=6)
-        return [slice(r0, min(r0 + block, n_rows)) for r0 in range(0, n_rows, block)], columns
+    def _cross_entropy_tile(self, z_s: Tensor, part: slice, v0: int) -> Tensor:
+        """ce.weight * (p_s - one-hot(label)) at temperature 1, 0 in rows without a label."""
+        shift, logsum = (self.ce.at_rows[name][part].unsqueeze(1) for name in ("shift_s", "logsum_s"))
+        weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * self.ce.weight
+        tile = row_grad.exp(row_grad.log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
+        self._add_at_label(tile, part, v0, -weight)
+        return tile
 
-    def _buffers(self, blocks: list[slice], columns: int, device: torch.device) -> list[Tensor]:
-        rows = max((part.stop - part.start for part in blocks), default=0)
-        return [torch.empty(rows * columns, device=device) for _ in range(2)]
+    def _add_at_label(self, tile: Tensor, part: slice, v0: int, value: Tensor) -> None:
+        """tile[i, label of row i] += value[i], where that column is in the tile; value is (R, 1)."""
+        place = (self.labels[part] - v0).unsqueeze(1)
+        inside = (place >= 0) & (place < tile.shape[1])
+        tile.scatter_add_(1, place.clamp(0, tile.shape[1] - 1), torch.where(inside, value, 0.0))
+
+
+def _at(values: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
+    return {name: value[places] for name, value in values.items()}
+
+
+def _over(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """z / temperature, in place."""
+    return z if isinstance(temperature, float) and temperature == 1.0 else z.div_(temperature)
+
+
+def _tiles(
+    blocks: tuple[LogitBlock | HeadBlock, ...],
+    weights: tuple[Tensor | None, ...],
+    buffers: list[Tensor],
+    v0: int,
+    v1: int,
+) -> tuple[Tensor, ...]:
+    """Logit tiles (R, C) of both models in the buffers, after scale and softcap, at temperature 1."""
+    n_rows = blocks[0].n_rows
+    return tuple(
+        block.tile(v0, v1, buffer[: n_rows * (v1 - v0)].view(n_rows, -1), weight)
+        for block, buffer, weight in zip(blocks, buffers, weights, strict=True)
+    )
 
 
 def _weight_tile(source: Rows, v0: int, v1: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.eager import online
+from tip_kernels.eager.online import Blend
 from tip_kernels.eager.toplist import TopList
 from tip_kernels.sources import Head, HeadBlock, LogitBlock, Rows, check_pair, rows_of
 
@@ -53,6 +54,14 @@ class TokenStats:
     _temperature: float | Tensor = field(default=1.0, repr=False)
     _vocab: int = field(default=0, repr=False)
     _batch_shape: tuple[int, ...] = field(default=(), repr=False)  # (N,) or (B, T)
+    _labels: Tensor | None = field(default=None, repr=False)  # (N,) int64
+    _blends: dict[Blend, Tensor] = field(default_factory=dict, repr=False)  # ln sum p_t^a p_s^b, each (N,)
+
+    def _get(self, name: str | Blend) -> Tensor | None:
+        """A measured value by the name that `measure` gives it, or None."""
+        if isinstance(name, Blend):
+            return self._blends.get(name)
+        return getattr(self, f"_{name}" if name in PRIVATE_FIELDS else name)
 
 
 def token_stats(
@@ -98,16 +107,10 @@ def token_stats(
     want |= MARGIN_FIELDS if margins else frozenset()
     want |= TOP_FIELDS if top_k else frozenset()
     want |= LABEL_FIELDS if labels is not None else frozenset()
-    measured = measure(
-        rows_s,
-        rows_t,
-        want,
-        labels=check_labels(labels, rows_s),
-        temperature=temperature,
-        top_k=top_k,
-        workspace=workspace_bytes(workspace_mib),
-    )
-    return stats_record(measured, rows_s, temperature)
+    labels = check_labels(labels, rows_s)
+    workspace = workspace_bytes(workspace_mib)
+    measured = measure(rows_s, rows_t, want, labels=labels, temperature=temperature, top_k=top_k, workspace=workspace)
+    return stats_record(measured, rows_s, temperature, labels)
 
 
 def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
@@ -125,17 +128,27 @@ def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
     return labels
 
 
-def stats_record(measured: dict[str, Tensor], rows: Rows, temperature: float | Tensor) -> TokenStats:
+def stats_record(
+    measured: dict[str | Blend, Tensor], rows: Rows, temperature: float | Tensor, labels: Tensor | None = None
+) -> TokenStats:
     """A TokenStats from measured (N,) tensors."""
-    named = {f"_{name}" if name in PRIVATE_FIELDS else name: value for name, value in measured.items()}
-    return TokenStats(**named, _temperature=temperature, _vocab=rows.vocab, _batch_shape=rows.batch_shape)
+    blends = {name: value for name, value in measured.items() if isinstance(name, Blend)}
+    named = {f"_{k}" if k in PRIVATE_FIELDS else k: v for k, v in measured.items() if k not in blends}
+    return TokenStats(
+        **named,
+        _temperature=temperature,
+        _vocab=rows.vocab,
+        _batch_shape=rows.batch_shape,
+        _labels=labels,
+        _blends=blends,
+    )
 
 
 @torch.no_grad()
 def measure(
     student: Rows,
     teacher: Rows | None,
-    want: frozenset[str],
+    want: frozenset[str | Blend],
     *,
     rows: Tensor | None = None,
     labels: Tensor | None = None,
@@ -155,7 +168,7 @@ def measure(
     block, columns = tile_shape(n_rows, student, teacher, workspace, buffers=14 if lists else 5)
     sources = [source for source in (student, teacher) if source is not None]
     tiles = [torch.empty(block * columns, device=source.device) for source in sources]
-    fold = online.Fold(block, columns, want, student.device)
+    fold = online.Fold(block, columns, len(sources), want, student.device)
     done = []
     with torch.autocast(student.device.type, enabled=False):
         for r0 in range(0, max(n_rows, 1), block):
@@ -205,7 +218,7 @@ def _measure_block(
     if labels is not None:
         for model, x in zip("st", x_label, strict=False):
             logp = online.NATS * (x - state[f"k_{model}"]) - out[f"logsum_{model}"]
-            out[f"logp_{model}"] = torch.where(x <= online.FLOOR, -torch.inf, logp)
+            out[f"logp_{model}"] = torch.where(x <= online.FLOOR, -torch.inf, logp) + 0.0 * out[f"logsum_{model}"]
     if lists:
         out |= _list_fields(lists, out, top_k, fold.want)
     return {name: value for name, value in out.items() if name in fold.want | PRIVATE_FIELDS}
@@ -223,12 +236,15 @@ def _list_fields(lists: list[TopList], out: dict[str, Tensor], top_k: int, want:
     if len(lists) == 2:
         top_s, top_t = lists
         best = top_s.ids[:, :1]
+        nan = 0.0 * (out["logsum_s"] + out["logsum_t"])
+        whole = ~nan.isnan()
         if "agree" in want:
-            fields["agree"] = best.squeeze(1) == top_t.ids[:, 0]
+            fields["agree"] = whole & (best.squeeze(1) == top_t.ids[:, 0])
         if "mass_t_on_top_s" in want:
             logp = online.NATS * top_s.payload[:, :top_k] - (out["shift_t"] + out["logsum_t"]).unsqueeze(1)
-            fields["mass_t_on_top_s"] = logp.exp().sum(1).clamp_(max=1.0)
-            hit = top_t.ids[:, :top_k] == best
+            listed = top_s.values[:, :top_k] > online.FLOOR
+            fields["mass_t_on_top_s"] = torch.where(listed, logp.exp(), 0.0).sum(1).clamp_(max=1.0) + nan
+            hit = (top_t.ids[:, :top_k] == best) & (top_t.values[:, :top_k] > online.FLOOR) & whole.unsqueeze(1)
             fields["rank_t_of_argmax_s"] = torch.where(hit.any(1), hit.int().argmax(1), top_k)
     return fields
 

@@ -13,9 +13,10 @@ r = 2^d and a = r^2 (the L on the right are the old ones)
     A <- a (A + d L)                         D_t <- a_t (D_t + (d_t - d_s) L_t)
     Q <- r_t r_s Q + (r_t - r_s) (r_t L_t - r_s L_s)                            L <- a L
 
-so states merge associatively: recentre to the larger k, then add. A banned token (z = -inf) is clamped to FLOOR and
-its differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes KL(t||s)
-infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
+so states merge associatively: recentre to the larger k, then add. A blend ln sum p_t^a p_s^b keeps a maximum of its
+own, of w = a u_t + b u_s, which moves by a d_t + b d_s when the shifts do. A banned token (z = -inf) is clamped to
+FLOOR and its differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes
+KL(t||s) infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
 
 R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
 """
@@ -23,6 +24,7 @@ R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,17 +33,26 @@ FLOOR = -(2.0**100)
 HALF_LOG2E = 0.5 / math.log(2.0)  # x per nat of z
 NATS = 2.0 * math.log(2.0)  # nats per unit of x: the c above
 
-State = dict[str, Tensor]  # each field fp32 (P, R) or, merged, (R,)
+State = dict  # field, Blend (its m) or ("sum", Blend) to fp32 (P, R) or, merged, (R,)
+
+
+class Blend(NamedTuple):
+    """Asks for ln sum p_t^a p_s^b, which Renyi and alpha-beta divergences are made of."""
+
+    a: float
+    b: float
 
 
 class Fold:
     """Folds pairs of logit tiles into states; holds the scratch buffers of one (R, C) tile size."""
 
-    def __init__(self, n_rows: int, n_cols: int, want: frozenset[str], device: torch.device) -> None:
-        pair = bool(want & {"kl_fwd", "kl_rev", "hellinger_sq"})
+    def __init__(
+        self, n_rows: int, n_cols: int, n_models: int, want: frozenset[str | Blend], device: torch.device
+    ) -> None:
         self.want = want
+        self.blends = sorted(name for name in want if isinstance(name, Blend))
         self.entropy = {model: f"entropy_{model}" in want for model in "st"}
-        self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(3 if pair else 2)]
+        self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(n_models + 1)]
 
     def __call__(self, x_s: Tensor, x_t: Tensor | None) -> State:
         """The state of one tile; x_s and x_t are half-exponent logits (R, C), fp32, and are overwritten."""
@@ -62,19 +73,35 @@ class Fold:
                 state[f"L_{model}"] = e.sum(1)
                 if self.entropy[model]:
                     state[f"A_{model}"] = torch.mul(e, u, out=scratch).sum(1)
-        if x_t is None or not self.want & {"kl_fwd", "kl_rev"}:
+        if x_t is None or not (self.blends or self.want & {"kl_fwd", "kl_rev"}):
             return state
-        gap = x_t.sub_(x_s)
+        ban_s = ban_t = None
         state["ban_s"], state["ban_t"] = torch.zeros_like(state["k_s"]), torch.zeros_like(state["k_s"])
         if any(b is not None for b in banned):
-            ban_s, ban_t = (torch.zeros_like(gap, dtype=torch.bool) if b is None else b for b in banned)
-            gap.masked_fill_(ban_s | ban_t, 0.0)
+            ban_s, ban_t = (torch.zeros_like(x_s, dtype=torch.bool) if b is None else b for b in banned)
             state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
+        for blend in self.blends:
+            state |= _fold_blend(blend, x_s, x_t, ban_s, ban_t, scratch)
+        gap = x_t.sub_(x_s)
+        if ban_s is not None:
+            gap.masked_fill_(ban_s | ban_t, 0.0)
         if "kl_fwd" in self.want:
             state["D_t"] = torch.mul(h[1], gap, out=scratch).sum(1)
         if "kl_rev" in self.want:
             state["D_s"] = torch.mul(h[0], gap, out=scratch).sum(1).neg_()
         return state
+
+
+def _fold_blend(
+    blend: Blend, u_s: Tensor, u_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
+) -> State:
+    w = torch.mul(u_t, blend.a, out=scratch).add_(u_s, alpha=blend.b)
+    if ban_s is not None:  # a token that either model bans adds nothing; an infinite sum is known by its flag
+        zero = torch.zeros_like(ban_s)
+        w.masked_fill_((ban_t if blend.a else zero) | (ban_s if blend.b else zero), FLOOR)
+    m = w.amax(1, keepdim=True)
+    total = w.sub_(m).mul_(2.0).exp2_().sum(1)
+    return {blend: m.squeeze(1), ("sum", blend): total}
 
 
 def _clamp_banned(x: Tensor) -> Tensor | None:
@@ -113,6 +140,12 @@ def merge(parts: list[State]) -> State:
     for flag in ("ban_s", "ban_t"):
         if flag in p:
             out[flag] = p[flag].amax(0)
+    for name in p:
+        if isinstance(name, Blend):
+            moved = p[name] + name.a * d["t"] + name.b * d["s"]
+            m = torch.where(p[name] > FLOOR, moved, FLOOR)
+            out[name] = m.amax(0)
+            out["sum", name] = (torch.exp2(2.0 * (m - out[name])) * p["sum", name]).sum(0)
     return out
 
 
@@ -139,4 +172,11 @@ def finish(state: State) -> dict[str, Tensor]:
         drift = (state["L_t"] - state["L_s"]) / (root_t + root_s)
         hellinger_sq = ((state["Q"] - drift * drift) / (2 * root_s * root_t)).clamp_(0.0, 1.0)
         out["hellinger_sq"] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, hellinger_sq)
+    for blend in [name for name in state if isinstance(name, Blend)]:
+        logs = blend.a * out["logsum_t"] + blend.b * out["logsum_s"]
+        value = NATS * state[blend] + state["sum", blend].log() - logs
+        value = torch.where(state[blend] > FLOOR, value, -torch.inf)
+        for power, flag in ((blend.a, "ban_t"), (blend.b, "ban_s")):
+            value = torch.where(state[flag] > 0, torch.inf, value) if power < 0 else value
+        out[blend] = torch.where(torch.isnan(logs), torch.nan, value)
     return out
