@@ -15,18 +15,10 @@ from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, row_te
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager.online import Blend
 from tip_kernels.losses import CrossEntropy, RowTask, row_loss, rows_of_stats
+from tip_kernels.measure import LABEL_FIELDS, PRIVATE_FIELDS, STUDENT_FIELDS, TEACHER_FIELDS, measure
 from tip_kernels.select import Kept, Rule, SoftOr
 from tip_kernels.sources import Head, Rows, check_pair, rows_of
-from tip_kernels.stats import (
-    LABEL_FIELDS,
-    PRIVATE_FIELDS,
-    STUDENT_FIELDS,
-    TEACHER_FIELDS,
-    TokenStats,
-    check_labels,
-    measure,
-    stats_record,
-)
+from tip_kernels.stats import TokenStats, check_labels, stats_record
 
 _FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]

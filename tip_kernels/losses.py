@@ -18,17 +18,10 @@ from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager import row_grad
 from tip_kernels.eager.online import Blend
+from tip_kernels.measure import IGNORE_LABEL, LABEL_FIELDS, PRIVATE_FIELDS, columns_of, measure, tile_shape
 from tip_kernels.select import Kept
 from tip_kernels.sources import Head, HeadBlock, HeadRows, LogitBlock, Rows, check_pair, rows_of
-from tip_kernels.stats import (
-    IGNORE_LABEL,
-    LABEL_FIELDS,
-    PRIVATE_FIELDS,
-    TokenStats,
-    columns_of,
-    measure,
-    tile_shape,
-)
+from tip_kernels.stats import TokenStats
 
 
 def divergence_loss(
@@ -206,7 +199,7 @@ class Sweep:
     def blocks(self, student: Rows, teacher: Rows, buffers: int) -> tuple[list[slice], int, list[Tensor]]:
         """The blocks of rows, the columns of a tile, and two buffers for tiles of logits."""
         n_rows = self.ids.numel()
-        block, columns = tile_shape(n_rows, student, teacher, self.workspace, buffers)
+        block, columns = tile_shape(n_rows, [student, teacher], self.workspace, buffers)
         parts = [slice(r0, min(r0 + block, n_rows)) for r0 in range(0, n_rows, block)]
         return parts, columns, [torch.empty(block * columns, device=student.device) for _ in range(2)]
 

@@ -25,7 +25,7 @@ class Head:
     hidden      (N, H) or (B, T, H), float32, bfloat16 or float16; the states that predict each row's next token
     weight      (V, H), hidden's dtype (under autocast both are taken in autocast's dtype)
     bias        (V,) or None
-    scale       logit scale, as Cohere and Granite models have
+    scale       logit scale above 0, as Cohere and Granite models have
     softcap     final logit softcapping, as Gemma 2 has; None is none
     vocab_size  use the first vocab_size rows of weight and bias (a view), where padding differs between models
 
@@ -53,7 +53,7 @@ class Head:
         if b is not None:
             ok = isinstance(b, Tensor) and b.shape == w.shape[:1] and b.dtype in FLOATS and b.device == h.device
             expect(ok, "bias", f"a float tensor of shape ({w.shape[0]},) on {h.device}, or None", b)
-        finite_number("scale", self.scale)
+        finite_number("scale", self.scale, positive=True)
         if self.softcap is not None:
             finite_number("softcap", self.softcap, positive=True)
         if (v := self.vocab_size) is not None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, flat_rows, row_temperature, workspace_bytes
-from tip_kernels.eager import online
 from tip_kernels.eager.online import Blend
-from tip_kernels.eager.toplist import TopList
-from tip_kernels.sources import Head, HeadBlock, LogitBlock, Rows, check_pair, rows_of
-
-IGNORE_LABEL = -100
-STUDENT_FIELDS = frozenset({"lse_s", "entropy_s"})
-TEACHER_FIELDS = frozenset({"lse_t", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"})
-MARGIN_FIELDS = frozenset({"margin_s", "margin_t", "agree"})
-LABEL_FIELDS = frozenset({"logp_s", "logp_t"})
-PRIVATE_FIELDS = frozenset({"shift_s", "shift_t", "logsum_s", "logsum_t"})
-TOP_FIELDS = frozenset({"mass_t_on_top_s", "rank_t_of_argmax_s"})
+from tip_kernels.measure import (
+    IGNORE_LABEL,
+    LABEL_FIELDS,
+    MARGIN_FIELDS,
+    PRIVATE_FIELDS,
+    STUDENT_FIELDS,
+    TEACHER_FIELDS,
+    TOP_FIELDS,
+    measure,
+)
+from tip_kernels.sources import Head, Rows, check_pair, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,129 +141,3 @@ def stats_record(
         _labels=labels,
         _blends=blends,
     )
-
-
-@torch.no_grad()
-def measure(
-    student: Rows,
-    teacher: Rows | None,
-    want: frozenset[str | Blend],
-    *,
-    rows: Tensor | None = None,
-    labels: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    top_k: int = 0,
-    workspace: int,
-) -> dict[str, Tensor]:
-    """The wanted statistics of all rows, or of the rows with the given ids, as {field: (len(rows),)}.
-
-    Private fields (shift and logsum of each model) come without asking. labels and temperature are (N,) over all rows.
-    """
-    n_rows = student.n_rows if rows is None else rows.numel()
-    if rows is not None:
-        labels = None if labels is None else labels[rows]
-        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    lists = bool(want & (MARGIN_FIELDS | TOP_FIELDS))
-    block, columns = tile_shape(n_rows, student, teacher, workspace, buffers=14 if lists else 5)
-    sources = [source for source in (student, teacher) if source is not None]
-    tiles = [torch.empty(block * columns, device=source.device) for source in sources]
-    fold = online.Fold(block, columns, len(sources), want, student.device)
-    done = []
-    with torch.autocast(student.device.type, enabled=False):
-        for r0 in range(0, max(n_rows, 1), block):
-            part = slice(r0, min(r0 + block, n_rows))
-            ids = part if rows is None else rows[part]
-            lab = None if labels is None else labels[part]
-            tau = temperature[part, None] if isinstance(temperature, Tensor) else temperature
-            done.append(
-                _measure_block([source.block(ids) for source in sources], fold, tiles, columns, lab, tau, top_k)
-            )
-    return {name: torch.cat([d[name] for d in done]) for name in done[0]}
-
-
-def _measure_block(
-    blocks: list[LogitBlock | HeadBlock],
-    fold: online.Fold,
-    buffers: list[Tensor],
-    columns: int,
-    labels: Tensor | None,
-    temperature: float | Tensor,
-    top_k: int,
-) -> dict[str, Tensor]:
-    """The statistics of one block of rows: walks the vocabulary tile by tile. temperature is a float or (R, 1)."""
-    n_rows, vocab, device = blocks[0].n_rows, blocks[0].source.vocab, buffers[0].device
-    lists: list[TopList] = []
-    if fold.want & (MARGIN_FIELDS | TOP_FIELDS):
-        lists = [TopList(n_rows, max(top_k, 2), device) for _ in blocks]
-    x_label = [torch.full((n_rows,), torch.nan, device=device) for _ in blocks]
-    parts = []
-    for v0, v1 in columns_of(vocab, columns):
-        tiles = [
-            b.tile(v0, v1, buf[: n_rows * (v1 - v0)].view(n_rows, -1)) for b, buf in zip(blocks, buffers, strict=True)
-        ]
-        for x in tiles:
-            x.mul_(online.HALF_LOG2E / temperature)
-        for top, x, other in zip(lists, tiles, tiles[::-1], strict=False):
-            top.update(x, other, v0)
-        if labels is not None:
-            inside = (labels >= v0) & (labels < v1)
-            place = (labels - v0).clamp(0, v1 - v0 - 1).unsqueeze(1)
-            x_label = [
-                torch.where(inside, x.gather(1, place).squeeze(1), old) for x, old in zip(tiles, x_label, strict=True)
-            ]
-        parts.append(fold(tiles[0], tiles[1] if len(tiles) == 2 else None))
-    state = online.merge(parts)
-    out = online.finish(state)
-    if labels is not None:
-        for model, x in zip("st", x_label, strict=False):
-            logp = online.NATS * (x - state[f"k_{model}"]) - out[f"logsum_{model}"]
-            out[f"logp_{model}"] = torch.where(x <= online.FLOOR, -torch.inf, logp) + 0.0 * out[f"logsum_{model}"]
-    if lists:
-        out |= _list_fields(lists, out, top_k, fold.want)
-    return {name: value for name, value in out.items() if name in fold.want | PRIVATE_FIELDS}
-
-
-def _list_fields(lists: list[TopList], out: dict[str, Tensor], top_k: int, want: frozenset[str]) -> dict[str, Tensor]:
-    """Margins, agreement and top-k statistics from the models' lists of largest logits."""
-    fields: dict[str, Tensor] = {}
-    for model, top in zip("st", lists, strict=False):
-        if f"margin_{model}" in want:
-            values, nan = top.values, 0.0 * out[f"logsum_{model}"]
-            second = values[:, 1] if values.shape[1] > 1 else torch.full_like(nan, -torch.inf)
-            margin = online.NATS * (values[:, 0] - second)
-            fields[f"margin_{model}"] = torch.where(second <= online.FLOOR, torch.inf, margin) + nan
-    if len(lists) == 2:
-        top_s, top_t = lists
-        best = top_s.ids[:, :1]
-        nan = 0.0 * (out["logsum_s"] + out["logsum_t"])
-        whole = ~nan.isnan()
-        if "agree" in want:
-            fields["agree"] = whole & (best.squeeze(1) == top_t.ids[:, 0])
-        if "mass_t_on_top_s" in want:
-            logp = online.NATS * top_s.payload[:, :top_k] - (out["shift_t"] + out["logsum_t"]).unsqueeze(1)
-            listed = top_s.values[:, :top_k] > online.FLOOR
-            fields["mass_t_on_top_s"] = torch.where(listed, logp.exp(), 0.0).sum(1).clamp_(max=1.0) + nan
-            hit = (top_t.ids[:, :top_k] == best) & (top_t.values[:, :top_k] > online.FLOOR) & whole.unsqueeze(1)
-            fields["rank_t_of_argmax_s"] = torch.where(hit.any(1), hit.int().argmax(1), top_k)
-    return fields
-
-
-def tile_shape(n_rows: int, student: Rows, teacher: Rows | None, workspace: int, buffers: int) -> tuple[int, int]:
-    """Rows and columns of a tile such that its buffers, gathered rows and upcast weights stay within the workspace."""
-    sources = [source for source in (student, teacher) if source is not None]
-    width = sum(source.width for source in sources)
-    # On a CPU a tile stays in the second-level cache; elsewhere it must be large enough to fill the device.
-    rows, columns = (256, 1024) if student.device.type == "cpu" else (2048, 8192)
-    rows, columns = min(rows, max(n_rows, 1)), min(columns, student.vocab)
-    while 4 * (buffers * rows * columns + (rows + columns) * width) > workspace and max(rows, columns) > 16:
-        if columns >= rows:
-            columns = (columns + 1) // 2
-        else:
-            rows = (rows + 1) // 2
-    return rows, columns
-
-
-def columns_of(vocab: int, columns: int) -> Iterator[tuple[int, int]]:
-    """The tiles [v0, v1) that cover the vocabulary."""
-    for v0 in range(0, vocab, columns):
-        yield v0, min(v0 + columns, vocab)

@@ -1,0 +1,270 @@
+"""The measuring sweep: walks rows and vocabulary tile by tile and leaves a handful of numbers a row.
+
+R rows of a block, C columns of a tile, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tip_kernels.backends import backend_for
+from tip_kernels.eager import online
+from tip_kernels.eager.online import Blend
+from tip_kernels.eager.toplist import TopList
+from tip_kernels.sources import HeadBlock, LogitBlock, LogitRows, Rows
+
+IGNORE_LABEL = -100
+STUDENT_FIELDS = frozenset({"lse_s", "entropy_s"})
+TEACHER_FIELDS = frozenset({"lse_t", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"})
+MARGIN_FIELDS = frozenset({"margin_s", "margin_t", "agree"})
+LABEL_FIELDS = frozenset({"logp_s", "logp_t"})
+PRIVATE_FIELDS = frozenset({"shift_s", "shift_t", "logsum_s", "logsum_t"})
+TOP_FIELDS = frozenset({"mass_t_on_top_s", "rank_t_of_argmax_s"})
+
+
+@torch.no_grad()
+def measure(
+    student: Rows,
+    teacher: Rows | None,
+    want: frozenset[str | Blend],
+    *,
+    rows: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int = 0,
+    workspace: int,
+) -> dict[str | Blend, Tensor]:
+    """The wanted statistics of all rows, or of the rows with the given ids, as {field: (len(rows),)}.
+
+    Private fields (shift and logsum of each model) come without asking. labels and temperature are (N,) over all rows.
+    On the Triton backend the kernels measure everything but blends and top-k lists, which are tiled torch everywhere.
+    """
+    n_rows = student.n_rows if rows is None else rows.numel()
+    if rows is not None:
+        labels = None if labels is None else labels[rows]
+        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    sources = [source for source in (student, teacher) if source is not None]
+    triton = backend_for(student.device) == "triton"
+    blends = frozenset(name for name in want if isinstance(name, Blend))
+    lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and not triton))
+    with torch.autocast(student.device.type, enabled=False):
+        if triton and not blends and not lists and all(_is_read_in_place(source) for source in sources):
+            out = _measure_logits(sources, want, rows, labels, temperature, workspace)
+        else:
+            block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
+            engines = _engines(triton, sources, want, blends, block, columns)
+            buffers = [torch.empty(block * columns, device=source.device) for source in sources]
+            done = []
+            for r0 in range(0, max(n_rows, 1), block):
+                part = slice(r0, min(r0 + block, n_rows))
+                ids = part if rows is None else rows[part]
+                lab = None if labels is None else labels[part]
+                tau = temperature[part] if isinstance(temperature, Tensor) else temperature
+                blocks = [source.block(ids) for source in sources]
+                done.append(_measure_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k))
+            out = {name: torch.cat([d[name] for d in done]) for name in done[0]}
+    return {name: value for name, value in out.items() if name in want | PRIVATE_FIELDS}
+
+
+class Engine(Protocol):
+    """Takes in the tiles of a block of rows, column after column, and tells their statistics."""
+
+    def start(self, n_rows: int, temperature: float | Tensor) -> None: ...
+
+    def add(self, tiles: list[Tensor], v0: int) -> None:
+        """tiles of one or two models (R, C), fp32 logits at temperature 1; may overwrite them."""
+
+    def finish(self) -> dict[str | Blend, Tensor]: ...
+
+
+class EagerEngine:
+    """The fold of eager/online.py."""
+
+    def __init__(self, rows: int, columns: int, n_models: int, want: frozenset[str | Blend], device: torch.device):
+        self.fold = online.Fold(rows, columns, n_models, want, device)
+
+    def start(self, n_rows: int, temperature: float | Tensor) -> None:
+        self.unit = online.HALF_LOG2E / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
+        self.parts: list[online.State] = []
+
+    def add(self, tiles: list[Tensor], v0: int) -> None:
+        tiles = [z.mul_(self.unit) for z in tiles]
+        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None))
+
+    def finish(self) -> dict[str | Blend, Tensor]:
+        return online.finish(online.merge(self.parts))
+
+
+class TritonEngine:
+    """The fold of kernels/row_stats.py, on tiles that a library's GEMM made."""
+
+    def __init__(self, vocab: int, n_models: int, margins: bool, device: torch.device) -> None:
+        from tip_kernels.kernels import row_stats
+
+        self.kernels, self.vocab, self.device = row_stats, vocab, device
+        self.settings = {"teacher": n_models == 2, "margins": margins}
+
+    def start(self, n_rows: int, temperature: float | Tensor) -> None:
+        self.state = self.kernels.new_state(n_rows, self.vocab, self.device, temperature=temperature, **self.settings)
+
+    def add(self, tiles: list[Tensor], v0: int) -> None:
+        self.kernels.fold_tile(self.state, *tiles, column=v0)
+
+    def finish(self) -> dict[str | Blend, Tensor]:
+        return self.kernels.finish(self.state)
+
+
+def _engines(
+    triton: bool, sources: list[Rows], want: frozenset[str | Blend], blends: frozenset[Blend], rows: int, columns: int
+) -> list[Engine]:
+    device, n_models = sources[0].device, len(sources)
+    if not triton:
+        return [EagerEngine(rows, columns, n_models, want, device)]
+    engines: list[Engine] = [TritonEngine(sources[0].vocab, n_models, bool(want & MARGIN_FIELDS), device)]
+    return [*engines, EagerEngine(rows, columns, n_models, blends, device)] if blends else engines
+
+
+def _is_read_in_place(source: Rows) -> bool:
+    return isinstance(source, LogitRows) and source.matrix.stride(1) == 1
+
+
+def _measure_logits(
+    sources: list[LogitRows],
+    want: frozenset[str],
+    rows: Tensor | None,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    workspace: int,
+) -> dict[str, Tensor]:
+    """One kernel over logits in memory; chosen rows are gathered block by block."""
+    from tip_kernels.kernels.row_stats import row_stats
+
+    margins, matrices = bool(want & MARGIN_FIELDS), [source.matrix for source in sources]
+    if rows is None:
+        out = row_stats(*matrices, margins=margins, temperature=temperature)
+    else:
+        block = max(1, workspace // sum(matrix.shape[1] * matrix.element_size() for matrix in matrices))
+        done = []
+        for r0 in range(0, max(rows.numel(), 1), block):
+            ids = rows[r0 : r0 + block]
+            tau = temperature[r0 : r0 + block] if isinstance(temperature, Tensor) else temperature
+            done.append(row_stats(*(m.index_select(0, ids) for m in matrices), margins=margins, temperature=tau))
+        out = {name: torch.cat([d[name] for d in done]) for name in done[0]}
+    if labels is not None:
+        inside = (labels >= 0) & (labels < sources[0].vocab)
+        place = labels.clamp(0, sources[0].vocab - 1)
+        for model, matrix in zip("st", matrices, strict=False):
+            z = matrix[torch.arange(place.numel(), device=place.device) if rows is None else rows, place].float()
+            out |= _label_field(model, torch.where(inside, z, torch.nan), temperature, out)
+    return out
+
+
+def _measure_block(
+    blocks: list[LogitBlock | HeadBlock],
+    engines: list[Engine],
+    buffers: list[Tensor],
+    columns: int,
+    want: frozenset[str | Blend],
+    lists: bool,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    top_k: int,
+) -> dict[str | Blend, Tensor]:
+    """The statistics of one block of rows: walks the vocabulary tile by tile. temperature is a float or (R,)."""
+    n_rows, vocab, device = blocks[0].n_rows, blocks[0].source.vocab, buffers[0].device
+    tops = [TopList(n_rows, max(top_k, 2), device) for _ in blocks] if lists else []
+    z_label = [torch.full((n_rows,), torch.nan, device=device) for _ in blocks]
+    for engine in engines:
+        engine.start(n_rows, temperature)
+    for v0, v1 in columns_of(vocab, columns):
+        views = [buffer[: n_rows * (v1 - v0)].view(n_rows, -1) for buffer in buffers]
+        tiles = [block.tile(v0, v1, view) for block, view in zip(blocks, views, strict=True)]
+        for top, z, other in zip(tops, tiles, tiles[::-1], strict=False):
+            top.update(z, other, v0)
+        if labels is not None:
+            inside = (labels >= v0) & (labels < v1)
+            place = (labels - v0).clamp(0, v1 - v0 - 1).unsqueeze(1)
+            z_label = [
+                torch.where(inside, z.gather(1, place).squeeze(1), old) for z, old in zip(tiles, z_label, strict=True)
+            ]
+        for engine in engines:
+            engine.add(tiles, v0)
+    out: dict[str | Blend, Tensor] = {}
+    for engine in reversed(engines):
+        out |= engine.finish()
+    if labels is not None:
+        for model, z in zip("st", z_label, strict=False):
+            out |= _label_field(model, z, temperature, out)
+    return out | (_list_fields(tops, out, top_k, want, temperature) if lists else {})
+
+
+def _label_field(
+    model: str, z: Tensor, temperature: float | Tensor, out: dict[str | Blend, Tensor]
+) -> dict[str, Tensor]:
+    """The log-probability of a label from its logit z (R,) at temperature 1, NaN for none."""
+    logp = (z / temperature - out[f"shift_{model}"]) - out[f"logsum_{model}"]
+    return {f"logp_{model}": torch.where(z <= online.FLOOR, -torch.inf, logp) + 0.0 * out[f"logsum_{model}"]}
+
+
+def _list_fields(
+    tops: list[TopList],
+    out: dict[str | Blend, Tensor],
+    top_k: int,
+    want: frozenset[str | Blend],
+    temperature: float | Tensor,
+) -> dict[str, Tensor]:
+    """Margins, agreement and top-k statistics from the models' lists of largest logits."""
+    fields: dict[str, Tensor] = {}
+    for model, top in zip("st", tops, strict=False):
+        if f"margin_{model}" in want:
+            values, nan = top.values, 0.0 * out[f"logsum_{model}"]
+            second = values[:, 1] if values.shape[1] > 1 else torch.full_like(nan, -torch.inf)
+            margin = (values[:, 0] - second) / temperature
+            fields[f"margin_{model}"] = torch.where(second <= online.FLOOR, torch.inf, margin) + nan
+    if len(tops) == 2:
+        top_s, top_t = tops
+        best = top_s.ids[:, :1]
+        nan = 0.0 * (out["logsum_s"] + out["logsum_t"])
+        whole = ~nan.isnan()
+        fields["agree"] = whole & (best.squeeze(1) == top_t.ids[:, 0])
+        if top_k:
+            tau = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+            logp = top_s.payload[:, :top_k] / tau - (out["shift_t"] + out["logsum_t"]).unsqueeze(1)
+            listed = top_s.values[:, :top_k] > online.FLOOR
+            fields["mass_t_on_top_s"] = torch.where(listed, logp.exp(), 0.0).sum(1).clamp_(max=1.0) + nan
+            hit = (top_t.ids[:, :top_k] == best) & (top_t.values[:, :top_k] > online.FLOOR) & whole.unsqueeze(1)
+            fields["rank_t_of_argmax_s"] = torch.where(hit.any(1), hit.int().argmax(1), top_k)
+    return fields
+
+
+def tile_shape(
+    n_rows: int, sources: list[Rows], workspace: int, buffers: int, *, whole_parts: bool = False
+) -> tuple[int, int]:
+    """Rows and columns of a tile such that its buffers, gathered rows and upcast weights stay within the workspace.
+
+    whole_parts  columns come in multiples of what a program of the Triton fold reads
+    """
+    width, vocab = sum(source.width for source in sources), sources[0].vocab
+    # On a CPU a tile stays in the second-level cache; elsewhere it must be large enough to fill the device.
+    rows, columns = (256, 1024) if sources[0].device.type == "cpu" else (2048, 8192)
+    if whole_parts:
+        from tip_kernels.kernels.row_stats import PART as columns
+    rows, columns = min(rows, max(n_rows, 1)), min(columns, vocab)
+    while 4 * (buffers * rows * columns + (rows + columns) * width) > workspace and max(rows, columns) > 16:
+        if columns >= rows and not whole_parts:
+            columns = (columns + 1) // 2
+        elif rows > 1:
+            rows = (rows + 1) // 2
+        else:
+            break
+    return rows, columns
+
+
+def columns_of(vocab: int, columns: int) -> Iterator[tuple[int, int]]:
+    """The tiles [v0, v1) that cover the vocabulary."""
+    for v0 in range(0, vocab, columns):
+        yield v0, min(v0 + columns, vocab)
