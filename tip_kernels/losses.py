@@ -33,6 +33,7 @@ def divergence_loss(
     stats: TokenStats | None = None,
     temperature: float | Tensor = 1.0,
     row_weights: Tensor | None = None,
+    grad_logits: str = "dense",
     workspace_mib: float = 256,
 ) -> Tensor:
     """The divergence of each kept row, (S,) fp32 in nats, differentiable in the student's source.
@@ -46,6 +47,9 @@ def divergence_loss(
                       this temperature and holds what the divergence needs; else the kept rows are measured again
     temperature       a positive float, or a float tensor (N,) or (B, T); divides both models' logits
     row_weights       float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller
+    grad_logits       how a student given as logits gets its gradient: "dense" (N, V); "compact", a sparse tensor whose
+                      indices are the row ids and whose values are (S, V), for an (N, V) leaf; "inplace", into the logits' own
+                      storage, which then no longer holds logits. A Head takes "dense" only
     workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors
 
     The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A
@@ -60,6 +64,7 @@ def divergence_loss(
     rows_s, rows_t = rows_of(student, "student"), rows_of(teacher, "teacher")
     check_pair(rows_s, rows_t)
     temperature = row_temperature(temperature, rows_s.batch_shape, rows_s.device)
+    _check_grad_logits(grad_logits, student)
     expect(kept is None or isinstance(kept, Kept), "kept", "what a selection rule returned, or None", kept)
     if kept is None:
         ids = torch.arange(rows_s.n_rows, device=rows_s.device)
@@ -87,10 +92,22 @@ def divergence_loss(
         at_rows = measure(
             rows_s, rows_t, divergence.needs, rows=ids, labels=labels, temperature=temperature, workspace=workspace
         )
-    loss = row_loss(rows_s, rows_t, RowTask(divergence, ids, at_rows, temperature, workspace, labels))
+    loss = row_loss(
+        rows_s, rows_t, RowTask(divergence, ids, at_rows, temperature, workspace, labels, grad_logits=grad_logits)
+    )
     if row_weights is not None:
         loss = loss * flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)[ids]
     return loss
+
+
+def _check_grad_logits(mode: object, student: Tensor | Head) -> None:
+    expect(mode in ("dense", "compact", "inplace"), "grad_logits", "'dense', 'compact' or 'inplace'", mode)
+    if mode != "dense":
+        expect(isinstance(student, Tensor), "grad_logits", "'dense', since the student is a Head", mode)
+        ok = mode != "compact" or student.dim() == 2
+        expect(ok, "grad_logits", "'dense' or 'inplace', since the student's logits are not (N, V)", mode)
+        ok = mode != "inplace" or student.is_contiguous()
+        expect(ok, "grad_logits", "'dense' or 'compact', since the student's logits are not contiguous", mode)
 
 
 def rows_of_stats(
@@ -130,6 +147,7 @@ class RowTask:
     labels: Tensor | None = None  # (N,)
     factor: float | Tensor = 1.0  # a tensor is (S,)
     ce: CrossEntropy | None = None
+    grad_logits: str = "dense"
 
 
 def row_loss(student: Rows, teacher: Rows, task: RowTask) -> Tensor:
@@ -152,7 +170,7 @@ def row_loss(student: Rows, teacher: Rows, task: RowTask) -> Tensor:
     labels = None if task.labels is None else task.labels[task.ids]
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
-    gradient = GradientSweep(sweep, terms, factor, labels, task.ce)
+    gradient = GradientSweep(sweep, terms, factor, torch.isfinite(loss), labels, task.ce, task.grad_logits)
     return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
 
@@ -245,12 +263,14 @@ class GradientSweep:
     sweep: Sweep
     terms: list[row_grad.Term]
     factor: Tensor  # (S,)
+    finite: Tensor  # (S,) bool: a row whose loss is infinite or NaN has gradient 0
     labels: Tensor | None  # (S,)
     ce: CrossEntropy | None
+    grad_logits: str
 
     def run(self, student: Rows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of the student's leaves, None where not needed."""
-        live = upstream != 0
+        live = (upstream != 0) & self.finite
         task, dead = self, None
         if upstream.device.type == "cpu":
             places = live.nonzero().squeeze(1)
@@ -266,21 +286,39 @@ class GradientSweep:
             self.sweep.restricted_to(places),
             [term._replace(rows=_at(term.rows, places)) for term in self.terms],
             self.factor[places],
+            self.finite[places],
             None if self.labels is None else self.labels[places],
             None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
+            self.grad_logits,
         )
 
     def _to_logits(self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None) -> list[Tensor]:
         parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7)
-        dlogits = torch.zeros_like(student.matrix)
+        all_ids, matrix = self.sweep.ids, student.matrix
+        if self.grad_logits == "compact":
+            out, places = matrix.new_zeros(all_ids.numel(), student.vocab), None
+        else:
+            out, places = matrix if self.grad_logits == "inplace" else torch.zeros_like(matrix), all_ids
         for v0, v1 in columns_of(student.vocab, columns):
             weight_t = _weight_tile(teacher, v0, v1)
             for part in parts:
-                ids = self.sweep.ids[part]
+                ids = all_ids[part]
                 z = _tiles((student.block(ids), teacher.block(ids)), (None, weight_t), buffers, v0, v1)
-                g = self._dlogits_tile(student, z, part, v0, upstream, dead)
-                dlogits[:, v0:v1].index_copy_(0, ids, g.to(dlogits.dtype))
-        return [dlogits]
+                g = self._dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
+                if places is None:
+                    out[part, v0:v1] = g
+                else:
+                    out[:, v0:v1].index_copy_(0, places[part], g)
+        if self.grad_logits == "inplace":
+            others = torch.ones(matrix.shape[0], 1, dtype=torch.bool, device=matrix.device).index_fill_(
+                0, all_ids, False
+            )
+            out.masked_fill_(others, 0.0)
+        if self.grad_logits == "compact":
+            out = torch.sparse_coo_tensor(
+                all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
+            )
+        return [out]
 
     def _through_head(
         self, student: HeadRows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
