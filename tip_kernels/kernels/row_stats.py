@@ -17,7 +17,6 @@ the start of such rows would make a row's bits depend on its position.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +26,7 @@ from torch import Tensor
 from ._online import (
     FLOOR,
     Lanes,
+    Model,
     One,
     Pair,
     Top,
@@ -34,6 +34,7 @@ from ._online import (
     add_pair,
     add_top,
     alive,
+    capped,
     close_one,
     close_pair,
     finish_one,
@@ -48,7 +49,6 @@ from ._online import (
     no_top,
     settle,
     settle_one,
-    tanh,
     tile_one,
     tile_pair,
     tile_top,
@@ -62,25 +62,8 @@ ROWS = 32  # rows of one program of `finish_kernel`
 # ---- kernels
 
 
-class Model(NamedTuple):
-    """One model's row: where it starts, half-exponent units per unit of (capped) logit, and the factor inside tanh."""
-
-    row: tl.tensor
-    unit: tl.tensor
-    inner: tl.tensor
-
-
 @triton.jit
-def capped(z, inner):
-    """z, or tanh(inner z) where there is a softcap; the factor in front is part of the unit."""
-    if inner is None:
-        return z
-    else:
-        return tanh(inner * z)
-
-
-@triton.jit
-def _read(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
+def read_tiles(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
     """TILES tiles from `column` on, as stored; all loads are issued before the first is used."""
     raw = ()
     for j in tl.static_range(TILES):
@@ -91,7 +74,7 @@ def _read(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def _open_lanes(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
     """(empty lanes with the shift that the first TILES tiles ask for, whether those hold anything finite)."""
-    raw = _read(model, column, lane, TILE, TILES)
+    raw = read_tiles(model, column, lane, TILE, TILES)
     most = tl.maximum(widen(raw[0]), FLOOR)
     for j in tl.static_range(1, TILES):
         most = tl.maximum(most, widen(raw[j]))
@@ -113,10 +96,10 @@ def _part_lanes(s, t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TIL
         one_t, some_t = _open_lanes(t, begin, lane, TILE, TILES)
         some = some & some_t
     for column in range(begin, tl.where(some, end, begin), TILE * TILES):
-        raw_s = _read(s, column, lane, TILE, TILES)
+        raw_s = read_tiles(s, column, lane, TILE, TILES)
         raw_t = raw_s
         if t.row is not None:
-            raw_t = _read(t, column, lane, TILE, TILES)
+            raw_t = read_tiles(t, column, lane, TILE, TILES)
         for j in tl.static_range(TILES):
             y_s = capped(widen(raw_s[j]), s.inner)
             one_s, u_s, h_s, e_s = add_one(one_s, y_s, s.unit)
