@@ -28,8 +28,12 @@ def finite_number(name: str, value: object, *, positive: bool = False) -> float:
     """value as a float; refused unless it is a finite int or float, and above 0 where asked."""
     expected = "a finite number above 0" if positive else "a finite number"
     expect(isinstance(value, (int, float)) and not isinstance(value, bool), name, expected, value)
-    expect(math.isfinite(value) and (value > 0 or not positive), name, expected, value)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond any float
+        number = math.inf
+    expect(math.isfinite(number) and (number > 0 or not positive), name, expected, value)
+    return number
 
 
 def flat_rows(
@@ -58,6 +62,5 @@ def row_temperature(value: object, batch_shape: tuple[int, ...], device: torch.d
 
 def workspace_bytes(value: object) -> int:
     """workspace_mib as bytes."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
-    expect(ok, "workspace_mib", "a number of MiB, at least 1", value)
+    expect(finite_number("workspace_mib", value) >= 1, "workspace_mib", "a number of MiB, at least 1", value)
     return int(value * 2**20)

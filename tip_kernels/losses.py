@@ -47,9 +47,9 @@ def divergence_loss(
                       this temperature and holds what the divergence needs; else the kept rows are measured again
     temperature       a positive float, or a float tensor (N,) or (B, T); divides both models' logits
     row_weights       float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller
-    grad_logits       how a student given as logits gets its gradient: "dense" (N, V); "compact", a sparse tensor whose
-                      indices are the row ids and whose values are (S, V), for an (N, V) leaf; "inplace", into the logits' own
-                      storage, which then no longer holds logits. A Head takes "dense" only
+    grad_logits       how a student given as logits gets its gradient: "dense" (N, V); "compact", for an (N, V) leaf: a
+                      sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the
+                      logits' own storage, which then no longer holds logits. A Head takes "dense" only
     workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors
 
     The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A
