@@ -1,0 +1,161 @@
+"""`tip-kernels opd` from its arguments to its exit code: checks before any work, the run, the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tip_kernels.opd import UsageError
+from tip_kernels.opd.options import parser
+from tip_kernels.opd.settings import PACKAGED, Settings
+
+NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "tqdm")
+NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain")
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to stop after this step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self.mine = threading.current_thread() is threading.main_thread()
+        if self.mine:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.mine:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def pick_device(name: str):
+    """The torch device called `name`, if this machine has it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"argument --device: expected auto, cpu, or a device of this machine, got {name!r}") from None
+    return device
+
+
+def folder_of(settings: Settings, role: str) -> Path:
+    """The checkpoint folder of the "teacher" or the "student"."""
+    value = getattr(settings, role)
+    return PACKAGED / role if value == "packaged" else Path(value)
+
+
+def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
+    """The settings, and on --resume the checkpoint to go on from; refuses an output folder that is taken."""
+    from tip_kernels.opd import checkpoint
+
+    given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
+    for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    if not options.get("resume"):
+        checkpoint.check_output(folder, options.get("overwrite", False))
+        return Settings(**given), None
+    if options.get("overwrite"):
+        raise UsageError("argument --resume: expected --resume or --overwrite, got both")
+    return checkpoint.resumed_settings(folder, given), checkpoint.latest(folder)
+
+
+def run(options: dict) -> int:
+    """One run; returns the exit code. Every argument is checked before anything is written."""
+    from tip_kernels.opd import checkpoint, report
+    from tip_kernels.opd.pair import load_pair
+    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.train import Loop
+
+    began = time.perf_counter()
+    quiet, folder = options.get("quiet", False), Path(options.get("output", "runs/opd"))
+    settings, resumed = settings_of(options, folder)
+    device = pick_device(settings.device)
+    task = load_task(settings.task, settings.eval_prompts)
+    pair = load_pair(folder_of(settings, "teacher"), folder_of(settings, "student"), device, resumed)
+    loop = Loop(settings, pair, task, device)
+    if resumed:
+        checkpoint.restore(resumed, loop)
+    earlier = loop.counters.seconds
+    checkpoint.begin(folder, settings, loop.counters.step if resumed else None)
+    with Interrupt() as interrupt, report.Progress(settings, loop.counters.step, quiet) as progress:
+
+        def after_step(row: dict) -> bool:
+            checkpoint.append_row(folder, row)
+            progress.show(row)
+            if interrupt.asked or "eval_kl" in row:
+                checkpoint.save(folder, loop)
+            return not interrupt.asked
+
+        if not resumed:
+            progress.say(f"{task.name}: {len(task.held_out)} held-out prompts, {settings.steps} steps on {device}")
+            after_step({"step": 0} | loop.evaluate())
+        if not interrupt.asked:
+            loop.train(after_step)
+    step, seconds = loop.counters.step, earlier + time.perf_counter() - began
+    if interrupt.asked and step < settings.steps:
+        again = f"--resume --output {folder} goes on"
+        print(f"tip-kernels opd: interrupted after step {step} of {settings.steps}; {again}", file=sys.stderr)
+        return 130
+    checkpoint.save_student(folder / "student", loop)
+    result = report.summary(loop.counters, settings, device, folder, seconds)
+    checkpoint.write_json(folder / "summary.json", result)
+    if not quiet:
+        report.print_table(result, task.name, len(task.held_out))
+    if options.get("json"):
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def make_models(options: dict) -> int:
+    """--retrain; returns the exit code."""
+    from tip_kernels.opd import checkpoint
+    from tip_kernels.opd.retrain import retrain
+
+    allowed = {"retrain", "output", "overwrite", "seed", "json", "quiet"}
+    if wrong := sorted(set(options) - allowed):
+        raise UsageError(
+            f"argument --retrain: expected no other option than --output, --overwrite, --seed, got --{wrong[0]}"
+        )
+    folder = Path(options.get("output", "runs/opd-models"))
+    checkpoint.check_output(folder, options.get("overwrite", False), marker="retrain.json")
+    quiet = options.get("quiet", False)
+    record = retrain(
+        folder, options.get("seed", 0), (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
+    )
+    if options.get("json"):
+        print(json.dumps(record), flush=True)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of `tip-kernels opd`: 0 done, 2 bad arguments, 130 interrupted."""
+    try:
+        options = vars(parser().parse_args(argv))
+        if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+            raise UsageError(f'needs {", ".join(missing)}: pip install "tip-kernels[opd]"')
+        return make_models(options) if options.get("retrain") else run(options)
+    except UsageError as error:
+        print(f"tip-kernels opd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "tip-kernels opd: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr
+        )
+        return 130

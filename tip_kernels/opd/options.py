@@ -1,0 +1,104 @@
+"""The options of `tip-kernels opd`, and how each is read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from tip_kernels.opd import UsageError
+from tip_kernels.opd.settings import DIVERGENCES, RULES, Settings
+
+DESCRIPTION = """\
+On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
+matter, and the student learns from those only. Without options a packaged student that adds wrongly learns from a
+packaged teacher, in about a minute on two CPU cores."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def keep_of(text: str) -> float | int:
+    """'0.2' is a fraction of a rollout's tokens, '64' a number of them."""
+    try:
+        value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise argparse.ArgumentTypeError(
+            f"expected a fraction in (0, 1] or a whole number of tokens of at least 1, got {text!r}"
+        )
+    return value
+
+
+def whole(least: int):
+    """A parser of whole numbers of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("+-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value
+
+
+def parser() -> Parser:
+    """The options. Those that were not typed are absent from the result: --resume must tell them from defaults."""
+    p = Parser(prog="tip-kernels opd", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def option(group, name: str, kind, text: str, metavar: str | None = None, choices=None) -> None:
+        default = getattr(Settings, name[2:].replace("-", "_"), None)
+        shown = text if default is None else f"{text} (default {default})"
+        group.add_argument(name, type=kind, help=shown, metavar=metavar, choices=choices)
+
+    g = p.add_argument_group("what learns what from whom")
+    option(g, "--teacher", str, "checkpoint folder (transformers, safetensors)", "FOLDER")
+    option(g, "--student", str, "checkpoint folder of the same vocabulary; it is not written to", "FOLDER")
+    files = "a file of prompts (text: one a line; .jsonl: prompt and maybe answer)"
+    option(g, "--task", str, f"addition, {files}, or reasoning_gym:NAME", "TASK")
+    g.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+
+    g = p.add_argument_group("what is kept")
+    option(g, "--rule", str, "which tokens the student learns from", choices=tuple(RULES))
+    option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
+    option(g, "--divergence", str, "the loss on a kept token", choices=tuple(DIVERGENCES))
+
+    g = p.add_argument_group("training")
+    option(g, "--steps", whole(1), "optimizer steps, a rollout batch each", "N")
+    option(g, "--batch", whole(1), "prompts a step", "N")
+    option(g, "--lr", positive, "learning rate of AdamW", "RATE")
+    option(g, "--warmup", whole(0), "steps over which the learning rate rises to --lr", "N")
+    option(g, "--temperature", positive, "of the rollouts; 1 is on-policy", "T")
+    option(g, "--max-new-tokens", whole(1), "longest completion; default: the task's (addition 48, else 256)", "N")
+    option(g, "--seed", whole(0), "of prompts, rollouts and random rules", "N")
+    option(g, "--device", str, "auto, cpu, cuda, cuda:1, mps", "DEVICE")
+    option(
+        g, "--threads", whole(1), "CPU threads; default: 1 for models under 10M parameters, else torch's choice", "N"
+    )
+    option(g, "--workspace-mib", positive, "memory that measuring and learning may use for logits", "MIB")
+
+    g = p.add_argument_group("looking")
+    option(g, "--eval-prompts", whole(1), "held-out prompts; default 512, or a fifth of a shorter list", "N")
+    option(g, "--eval-every", whole(1), "steps between evaluations, each followed by a checkpoint", "N")
+    g.add_argument("--output", metavar="FOLDER", help="where the run goes: log, checkpoint, student (default runs/opd)")
+    g.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    g.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    g.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    g.add_argument("--quiet", action="store_true", help="no progress and no table")
+    text = "train the packaged models anew instead, into --output (default runs/opd-models), from --seed"
+    g.add_argument("--retrain", action="store_true", help=text)
+    return p

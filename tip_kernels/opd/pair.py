@@ -1,0 +1,154 @@
+"""A teacher and a student of one vocabulary, loaded from two checkpoint folders.
+
+Only ordinary transformers checkpoints in safetensors are read; no code from a checkpoint is run. A model is split into
+the backbone, whose hidden states we differentiate through, and the output head, which goes to `tip.Head` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tip_kernels as tip
+from tip_kernels.opd import UsageError
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model, seen as backbone and head: logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)."""
+
+    model: nn.Module
+    scale: float
+    softcap: float | None
+    vocab_size: int | None = None
+
+    def hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
+        """(B, T, H) last hidden states of left-padded tokens (B, T); attention (B, T) is 0 on padding."""
+        backbone = self.model.get_decoder() or self.model.base_model
+        positions = (attention.cumsum(1) - 1).clamp_min(0)
+        states = backbone(input_ids=tokens, attention_mask=attention, position_ids=positions, use_cache=False)
+        return states.last_hidden_state
+
+    def head(self, hidden: Tensor) -> tip.Head:
+        """The logits of `hidden`, which are never formed here."""
+        out = self.model.get_output_embeddings()
+        bias = getattr(out, "bias", None)
+        return tip.Head(hidden, out.weight, bias, scale=self.scale, softcap=self.softcap, vocab_size=self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher, student, and the tokenizer both agree on."""
+
+    teacher: Side
+    student: Side
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]  # tokens that end a completion
+    pad_id: int
+    longest: int  # positions that both models have
+
+    def encode(self, prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
+        """Token ids of each prompt; a prompt that the vocabulary cannot write is an error."""
+        encoded = []
+        for prompt in prompts:
+            try:
+                if chat:
+                    turns = [{"role": "user", "content": prompt}]
+                    prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                ids = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+            except Exception as error:  # tokenizers raises bare Exceptions
+                raise UsageError(
+                    f"argument --task: expected prompts that the vocabulary can write, got {prompt!r} ({error})"
+                ) from None
+            if not ids:
+                raise UsageError(f"argument --task: expected prompts of at least one token, got {prompt!r}")
+            encoded.append(ids)
+        return encoded
+
+
+def load_pair(teacher: Path, student: Path, device: torch.device, resumed: Path | None = None) -> Pair:
+    """Load both models in fp32 and check that they can be distilled; `resumed` holds the student's later weights."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    models, tokenizers = {}, {}
+    for name, folder in (("teacher", teacher), ("student", student)):
+        _check_folder(name, folder)
+        try:
+            tokenizers[name] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            models[name] = AutoModelForCausalLM.from_pretrained(
+                resumed if resumed and name == "student" else folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"argument --{name}: expected a causal language model in {folder}, got: {reason}"
+            ) from None
+        models[name].to(device).eval().requires_grad_(name == "student")
+    if tokenizers["teacher"].get_vocab() != tokenizers["student"].get_vocab():
+        raise UsageError(
+            f"argument --teacher: expected the student's vocabulary ({len(tokenizers['student'])} tokens, {student}),"
+            f" got another ({len(tokenizers['teacher'])} tokens, {teacher})"
+        )
+    rows = {name: model.get_output_embeddings().weight.shape[0] for name, model in models.items()}
+    shared = min(rows.values()) if len(set(rows.values())) == 2 else None  # heads padded to different sizes
+    sides = {name: _side(name, model, shared) for name, model in models.items()}
+    tokenizer = tokenizers["student"]
+    stop_ids = _stop_ids(models["student"], tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_ids), 0)
+    limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models.values()]
+    longest = min((limit for limit in limits if limit), default=2**31)
+    return Pair(sides["teacher"], sides["student"], tokenizer, stop_ids, pad_id, longest)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(
+            f"argument --{name}: expected the folder of a checkpoint, got {str(folder)!r}, which is not there"
+        )
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"argument --{name}: expected a config.json in {folder}, got a folder without one")
+
+
+def _stop_ids(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    listed = tokenizer.eos_token_id if listed is None else listed
+    return () if listed is None else tuple(listed) if isinstance(listed, list | tuple) else (listed,)
+
+
+def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:
+    """Read the known logit transforms from the config and verify the split on a few tokens."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    side = Side(model, scale, getattr(config, "final_logit_softcapping", None), vocab_size)
+    error, size = _head_error(side)
+    if not error <= 1e-4 * max(size, 1.0):
+        raise UsageError(
+            f"argument --{name}: expected logits softcap * tanh(scale * (hidden W^T + bias) / softcap),"
+            f" got a {type(model).__name__} whose logits differ from that by {error:.3g}"
+        )
+    return side
+
+
+@torch.no_grad()
+def _head_error(side: Side) -> tuple[float, float]:
+    """Largest difference between the model's own logits and those of backbone and head, and the largest logit."""
+    out = side.model.get_output_embeddings()
+    tokens = torch.arange(1, 7, device=out.weight.device).remainder(out.weight.shape[0]).reshape(2, 3)
+    attention = torch.ones_like(tokens)
+    own = side.model(input_ids=tokens, attention_mask=attention).logits.float()
+    ours = (
+        side.scale
+        * nn.functional.linear(side.hidden(tokens, attention), out.weight, getattr(out, "bias", None)).float()
+    )
+    if side.softcap:
+        ours = side.softcap * torch.tanh(ours / side.softcap)
+    return (own - ours).abs().max().item(), own.abs().max().item()

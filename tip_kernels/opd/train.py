@@ -1,0 +1,194 @@
+"""The loop: sample from the student, measure, select, learn from the kept rows, look again.
+
+Nothing random outlives a step: prompts, rollouts and random rules draw from generators seeded by (seed, purpose, step).
+The state of a run is therefore its weights, its optimizer and its counters, and a resumed run repeats an unbroken one
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import tip_kernels as tip
+from tip_kernels.opd import UsageError
+from tip_kernels.opd.pair import Pair, Side
+from tip_kernels.opd.rollout import Rollouts, sample
+from tip_kernels.opd.settings import DIVERGENCES, Settings
+from tip_kernels.opd.task import Task
+
+CLIP = 1.0  # largest gradient norm
+SMALL = (
+    10_000_000  # parameters: below, a second thread gains little when cores are free and loses much when they are not
+)
+
+
+@dataclass
+class Counters:
+    """How far a run has come; JSON-able."""
+
+    step: int = 0
+    skipped: int = 0
+    rows: int = 0  # response tokens seen
+    kept: int = 0
+    seconds: float = 0.0
+    start_accuracy: float | None = None
+    start_kl: float | None = None
+    end_accuracy: float | None = None
+    end_kl: float | None = None
+
+
+class Loop:
+    """A run between two steps. `step()` trains once, `evaluate()` looks; both return what the log gets."""
+
+    def __init__(self, settings: Settings, pair: Pair, task: Task, device: torch.device):
+        self.settings, self.pair, self.task, self.device = settings, pair, task, device
+        self.counters = Counters()
+        sizes = [weight.numel() for side in (pair.teacher, pair.student) for weight in side.model.parameters()]
+        if settings.threads or sum(sizes) < SMALL:
+            torch.set_num_threads(settings.threads or 1)
+        self.weights = [weight for weight in pair.student.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.divergence = DIVERGENCES[settings.divergence]()
+        self.held_out = pair.encode(task.held_out, settings.chat)
+        listed = pair.encode(task.listed, settings.chat)  # an unusable prompt is an error now, not in mid-run
+        self.max_new_tokens = self._room(max(map(len, self.held_out + listed)))
+
+    def _room(self, prompt: int) -> int:
+        """The longest completion: as asked, or the task's as far as the models' positions reach."""
+        asked, room = self.settings.max_new_tokens, self.pair.longest - prompt
+        if room < (asked or 1):
+            raise UsageError(
+                f"argument --max-new-tokens: expected at most {room}, as the models have {self.pair.longest} positions"
+                f" and the longest prompt has {prompt} tokens, got {asked or self.task.max_new_tokens}"
+            )
+        return asked or min(self.task.max_new_tokens, room)
+
+    def _seed(self, purpose: str) -> int:
+        return random.Random(f"{self.settings.seed} {purpose} {self.counters.step}").getrandbits(63)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self._seed(purpose))
+
+    def _complete(self, prompts: list[list[int]], temperature: float, generator=None) -> Rollouts:
+        return sample(
+            self.pair.student.model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.pair.stop_ids,
+            pad_id=self.pair.pad_id,
+            temperature=temperature,
+            generator=generator,
+        )
+
+    def step(self) -> dict:
+        """One rollout batch and, unless nothing is kept, one optimizer step."""
+        began, settings, counters = time.perf_counter(), self.settings, self.counters
+        drawn = self.task.draw(random.Random(self._seed("prompts")), settings.batch)
+        prompts = self.pair.encode(drawn, settings.chat)
+        rollouts = self._complete(prompts, settings.temperature, self._generator("rollouts"))
+        out = tip.distill(
+            self.pair.student.head(response_states(self.pair.student, rollouts)),
+            self.pair.teacher.head(_frozen_states(self.pair.teacher, rollouts)),
+            select=settings.make_rule(self._generator("rule")),
+            divergence=self.divergence,
+            row_mask=rollouts.mask,
+            normalizer="kept",
+            workspace_mib=settings.workspace_mib,
+            full_stats=True,  # the log shows every token's quadrant, whatever the rule reads
+        )
+        rows, kept = int(rollouts.mask.sum()), int(out.kept.mask.sum())
+        norm = self._learn(out.loss) if kept else None
+        counters.step += 1
+        counters.rows += rows
+        counters.kept += kept
+        counters.skipped += norm is None
+        seconds = time.perf_counter() - began
+        counters.seconds += seconds
+        row = {"step": counters.step, "loss": out.loss.item() if kept else None, "rows": rows, "kept": kept}
+        row |= {"kept_share": kept / rows} | _overview(out.stats, rollouts.mask)
+        return row | {"grad_norm": norm, "ended": rollouts.ended.float().mean().item(), "seconds": seconds}
+
+    def _learn(self, loss: Tensor) -> float | None:
+        """The gradient norm before clipping; None, and no step, where the gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * min(1.0, (self.counters.step + 1) / max(self.settings.warmup, 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, CLIP).item()
+        if not math.isfinite(norm):
+            return None
+        self.optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Greedy accuracy on the held-out prompts, and the mean KL(student || teacher) per token along those answers.
+
+        Accuracy is None where the task knows no answers.
+        """
+        began, right, nats, rows = time.perf_counter(), 0, 0.0, 0
+        chunk = 4 * self.settings.batch
+        for first in range(0, len(self.held_out), chunk):
+            rollouts = self._complete(self.held_out[first : first + chunk], temperature=0)
+            student = response_states(self.pair.student, rollouts)[rollouts.mask]
+            teacher = response_states(self.pair.teacher, rollouts)[rollouts.mask]
+            stats = tip.token_stats(
+                self.pair.student.head(student),
+                self.pair.teacher.head(teacher),
+                workspace_mib=self.settings.workspace_mib,
+            )
+            nats += stats.kl_rev.double().sum().item()
+            rows += len(student)
+            if self.task.judge:
+                right += sum(self._judge(rollouts, first))
+        counters, count = self.counters, len(self.held_out)
+        counters.end_accuracy = right / count if self.task.judge else None
+        counters.end_kl = nats / rows
+        if counters.step == 0:
+            counters.start_accuracy, counters.start_kl = counters.end_accuracy, counters.end_kl
+        counters.seconds += time.perf_counter() - began
+        return {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl}
+
+    def _judge(self, rollouts: Rollouts, first: int) -> list[bool]:
+        verdicts = []
+        for i, (completion, mask, ended) in enumerate(
+            zip(rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
+        ):
+            text = self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True)
+            verdicts.append(self.task.judge(first + i, text, bool(ended)))
+        return verdicts
+
+    def train(self, after_step: Callable[[dict], bool]) -> None:
+        """Step until settings.steps, or until `after_step` (which gets the log's row) says to stop."""
+        while self.counters.step < self.settings.steps:
+            row = self.step()
+            if self.counters.step % self.settings.eval_every == 0 or self.counters.step == self.settings.steps:
+                row |= self.evaluate()
+            if not after_step(row):
+                return
+
+
+def response_states(side: Side, rollouts: Rollouts) -> Tensor:
+    """(B, L, H) hidden states, each the one that predicts the completion's token at its place."""
+    states = side.hidden(rollouts.tokens[:, :-1], rollouts.attention[:, :-1])
+    return states[:, rollouts.prompt_width - 1 :]
+
+
+@torch.no_grad()
+def _frozen_states(side: Side, rollouts: Rollouts) -> Tensor:
+    return response_states(side, rollouts)
+
+
+def _overview(stats: tip.TokenStats, mask: Tensor) -> dict:
+    """Means over the response tokens: entropy and KL(student || teacher) in nats, and the share of each quadrant."""
+    rows = mask.flatten()
+    shares = torch.bincount(tip.quadrants(stats, row_mask=mask)[rows].long(), minlength=5).float() / rows.sum()
+    overview = {"entropy": stats.entropy_s[rows].mean().item(), "kl_rev": stats.kl_rev[rows].mean().item()}
+    return overview | {f"q{i}": shares[i].item() for i in (1, 2, 3, 4)}
