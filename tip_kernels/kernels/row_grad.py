@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import row_alignment, softcap_factors, warp
 from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, widen
-from .row_stats import read_tiles, row_alignment, softcap_factors
+from .row_stats import read_tiles
 
 CHUNK = 8192  # columns of one program
 LN2 = tl.constexpr(0.6931471805599453)
@@ -48,9 +49,9 @@ def reverse_kl(g, w, l_s, l_t, p_s, kl_rev):
 
 
 @triton.jit
-def add_gradient(KIND: tl.constexpr, R: tl.constexpr, P: tl.constexpr, g, w, l_s, l_t, p_s, p_t, rows, params):
-    """g + w times the gradient of one term: its kind, first row scalar rows[R] and weight params[P]."""
-    w *= params[P]
+def add_gradient(KIND: tl.constexpr, R: tl.constexpr, P: tl.constexpr, g, w, l_s, l_t, p_s, p_t, rows, numbers):
+    """g + w times the gradient of one term: its kind, first row scalar rows[R] and weight numbers[P]."""
+    w *= numbers[P]
     if KIND == FORWARD_KL:
         return forward_kl(g, w, l_s, p_s, p_t)
     else:
@@ -69,7 +70,7 @@ def log2_normaliser(shift, logsum):
 
 
 @triton.jit
-def _tile_gradient(raw_s, raw_t, s, t, w, rows, params, TERMS: tl.constexpr):
+def _tile_gradient(raw_s, raw_t, s, t, w, rows, numbers, TERMS: tl.constexpr):
     """One tile of the output; rows = (2 k_s, log2 mass_s, 2 k_t, log2 mass_t, row scalars of the terms)."""
     y_s = capped(widen(raw_s), s.inner)
     y_t = capped(widen(raw_t), t.inner)
@@ -79,7 +80,7 @@ def _tile_gradient(raw_s, raw_t, s, t, w, rows, params, TERMS: tl.constexpr):
     p_t = tl.exp2(l_t)
     g = tl.zeros_like(p_s)
     for i in tl.static_range(len(TERMS)):
-        g = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w, l_s, l_t, p_s, p_t, rows, params)
+        g = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w, l_s, l_t, p_s, p_t, rows, numbers)
     if s.inner is not None:
         g *= 1.0 - y_s * y_s
     return g
@@ -102,14 +103,14 @@ def _load_rows(rows, slot):
 @triton.jit(do_not_specialize=["stride_s", "stride_t", "stride_out", "n_cols", "n_chunks"])
 def grad_kernel(
     out_ptr, s_ptr, t_ptr, row_ids_ptr, temperature_ptr,
-    temperature, outer_s, inner_s, outer_t, inner_t, rows, params,
+    temperature, outer_s, inner_s, outer_t, inner_t, rows, numbers,
     stride_s, stride_t, stride_out, n_cols, n_chunks,
     TERMS: tl.constexpr, SCATTER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Columns [c CHUNK, (c + 1) CHUNK) of slot i, c = pid % n_chunks, i = pid // n_chunks.
 
-    rows: pointers to (S,) upstream, shift_s, logsum_s, shift_t, logsum_t and the terms' row scalars. params: the terms'
+    rows: pointers to (S,) upstream, shift_s, logsum_s, shift_t, logsum_t and the terms' row scalars. numbers: their
     weights and parameters. TERMS: KIND, R and P of each term as in `add_gradient`; R counts without upstream.
     A slot with upstream 0, a negative row id or a row scalar that is not finite is written as zeros; with SCATTER a
     negative row id writes nothing.
@@ -140,13 +141,13 @@ def grad_kernel(
             raw_s = read_tiles(s, column, lane, TILE, TILES)
             raw_t = read_tiles(t, column, lane, TILE, TILES)
             for j in tl.static_range(TILES):
-                g = _tile_gradient(raw_s[j], raw_t[j], s, t, w, values, params, TERMS)
+                g = _tile_gradient(raw_s[j], raw_t[j], s, t, w, values, numbers, TERMS)
                 tl.store(out + column + j * TILE + lane, g)
         for column in range(whole, end, TILE):
             inside = column + lane < end
             raw_s = tl.load(s.row + column + lane, mask=inside, other=0.0)
             raw_t = tl.load(t.row + column + lane, mask=inside, other=0.0)
-            g = _tile_gradient(raw_s, raw_t, s, t, w, values, params, TERMS)
+            g = _tile_gradient(raw_s, raw_t, s, t, w, values, numbers, TERMS)
             tl.store(out + column + lane, g, mask=inside)
     else:
         zero = tl.zeros([TILE], tl.float32)
@@ -224,12 +225,12 @@ def row_grad(
             raise ValueError(f"{name} must have unit stride along the vocabulary, got {tensor.stride()}")
     if row_ids is None and n_slots != logits_s.shape[0]:
         raise ValueError(f"row_ids must be given for {n_slots} slots of {logits_s.shape[0]} rows")
-    rows, params, kinds = [upstream, *(normalisers[name] for name in NORMALISERS)], [], []
+    rows, numbers, kinds = [upstream, *(normalisers[name] for name in NORMALISERS)], [], []
     for term in terms:
         kind, names = KINDS[term.name]
-        kinds.append((kind, len(rows) - 1, len(params)))
+        kinds.append((kind, len(rows) - 1, len(numbers)))
         rows += [term.rows[name] for name in names]
-        params += [term.weight, *term.params]
+        numbers += [term.weight, *term.params]
     if n_slots == 0 or width == 0:
         return out
     per_slot = isinstance(temperature, Tensor)
@@ -237,7 +238,7 @@ def row_grad(
     grad_kernel[(n_slots * chunks,)](
         out, logits_s, logits_t, row_ids, temperature.float().contiguous() if per_slot else None,
         1.0 if per_slot else temperature, *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
-        tuple(row.float().contiguous() for row in rows), tuple(params),
+        tuple(row.float().contiguous() for row in rows), tuple(numbers),
         logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks,
         TERMS=tuple(kinds), SCATTER=scatter, ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK,
         **grad_config(),
@@ -247,4 +248,4 @@ def row_grad(
 
 def grad_config() -> dict[str, int | bool]:
     """Pinned launch settings of `grad_kernel`: 8 columns a lane and tile."""
-    return {"TILE": 4 * 8 * (64 if torch.version.hip else 32), "TILES": 2, "num_warps": 4, "enable_fp_fusion": False}
+    return {"TILE": 4 * 8 * warp(), "TILES": 2, "num_warps": 4, "enable_fp_fusion": False}

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import row_alignment, softcap_factors, target, warp
 from ._online import (
     FLOOR,
     Lanes,
@@ -360,13 +361,14 @@ def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None,
     if n_rows == 0:
         return
     parts = triton.cdiv(width, PART)
+    alignment = row_alignment(*(tile for _, tile in tiles))
+    has_cap = state.softcap_s is not None or state.softcap_t is not None
     fold_kernel[(n_rows * parts,)](
         state.sums, logits_s, logits_t, *_temperature(state.temperature),
         *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
         logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
         n_rows, width, parts, column // PART, state.sums.shape[1],
-        MARGINS=state.margins, ALIGNED=row_alignment(*(tile for _, tile in tiles)), PART=PART,
-        **fold_config(state.margins, state.softcap_s is not None or state.softcap_t is not None),
+        MARGINS=state.margins, ALIGNED=alignment, PART=PART, **fold_config(state.margins, has_cap, alignment > 1),
     )  # fmt: skip
 
 
@@ -407,24 +409,18 @@ def row_stats(
     return finish(state)
 
 
-def softcap_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """(factor outside tanh, factor inside), or (scale, None) without a softcap."""
-    return (scale, None) if softcap is None else (softcap, scale / softcap)
-
-
-def row_alignment(*tiles: Tensor) -> int:
-    """8 if every row starts at a multiple of 8 elements, else 1: all of a shape that a kernel is compiled for."""
-    return 8 if all(tile.stride(0) % 8 == 0 for tile in tiles) else 1
-
-
-def fold_config(margins: bool, capped: bool) -> dict[str, int | bool]:
+def fold_config(margins: bool, has_cap: bool, aligned: bool) -> dict[str, int | bool]:
     """Pinned launch settings of `fold_kernel`: 8 columns a lane and tile, one warp a program."""
-    return {
-        "TILE": 8 * (64 if torch.version.hip else 32),
-        "TILES": 1 if capped else 2 if margins else 4,
+    config = {
+        "TILE": 8 * warp(),
+        "TILES": 1 if has_cap else 2 if margins else 4,
         "num_warps": 1,
         "enable_fp_fusion": False,  # the bits must not depend on the compiler's default
     }
+    backend, arch = target()
+    if backend == "cuda" and arch >= 100 and aligned and not (margins or has_cap):
+        config["maxnreg"] = 144  # left alone, ptxas stops at 128 there and spills four
+    return config
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

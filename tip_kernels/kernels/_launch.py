@@ -1,0 +1,29 @@
+"""What launches share: the target they compile for and how arguments are classed, so that shapes do not recompile."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+
+def target() -> tuple[str, int]:
+    """("cuda", 90), ("hip", 0) and so on: what a launch now would compile for; ("", 0) under the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return "", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch if isinstance(found.arch, int) else 0
+
+
+def warp() -> int:
+    """Lanes of a warp."""
+    return 64 if target()[0] == "hip" else 32
+
+
+def row_alignment(*tiles: Tensor) -> int:
+    """8 if every row starts at a multiple of 8 elements, else 1: all of a shape that a kernel is compiled for."""
+    return 8 if all(tile.stride(0) % 8 == 0 for tile in tiles) else 1
+
+
+def softcap_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(factor outside tanh, factor inside), or (scale, None) without a softcap."""
+    return (scale, None) if softcap is None else (softcap, scale / softcap)
