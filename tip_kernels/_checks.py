@@ -49,15 +49,26 @@ def flat_rows(
     return value.reshape(n_rows)
 
 
-def row_temperature(value: object, batch_shape: tuple[int, ...], device: torch.device) -> float | Tensor:
-    """A temperature as a positive float, or as a detached fp32 (N,) tensor (its values are checked on a CPU only)."""
+def row_temperature(
+    value: object, batch_shape: tuple[int, ...], device: torch.device, rows: Tensor | None = None
+) -> float | Tensor:
+    """A temperature as a positive float, or as a detached fp32 (N,) tensor.
+
+    Values are checked on a CPU only, those of the given rows where there are any.
+    """
     if not isinstance(value, Tensor):
         return finite_number("temperature", value, positive=True)
     flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
     if flat.device.type == "cpu":
-        ok = bool((torch.isfinite(flat) & (flat > 0)).all())
+        checked = flat if rows is None else flat[rows]
+        ok = bool((torch.isfinite(checked) & (checked > 0)).all())
         expect(ok, "temperature", "finite values above 0", value)
     return flat
+
+
+def flag(name: str, value: object) -> None:
+    """Refuses anything but True and False."""
+    expect(isinstance(value, bool), name, "a bool", value)
 
 
 def workspace_bytes(value: object) -> int:

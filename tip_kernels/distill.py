@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, row_temperature, workspace_bytes
+from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager.online import Blend
 from tip_kernels.losses import CrossEntropy, RowTask, row_loss, rows_of_stats
@@ -110,26 +110,28 @@ def distill(
     if row_weights is not None:
         weights = flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)
     expect(0 <= finite_number("ce_weight", ce_weight) <= 1, "ce_weight", "a number in [0, 1]", ce_weight)
-    if labels is None and (ce_weight or divergence.needs & LABEL_FIELDS):
-        reader = "ce_weight" if ce_weight else type(divergence).__name__
+    if labels is None and (ce_weight or (divergence.needs | select.needs) & LABEL_FIELDS):
+        reader = "ce_weight" if ce_weight else type(divergence if divergence.needs & LABEL_FIELDS else select).__name__
         raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
     adaptive = callable(temperature)
     measured_at = 1.0 if adaptive else row_temperature(temperature, rows_s.batch_shape, rows_s.device)
-    ok = normalizer in ("kept", "all") if isinstance(normalizer, str) else finite_number("normalizer", normalizer) > 0
-    expect(ok, "normalizer", "'kept', 'all' or a number above 0", normalizer)
+    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool) and 0 < normalizer < math.inf
+    expect(number or normalizer in ("kept", "all"), "normalizer", "'kept', 'all' or a number above 0", normalizer)
+    flag("temperature_sq", temperature_sq)
+    flag("full_stats", full_stats)
 
     stats = batch.measure_for(select, divergence, measured_at, full_stats or adaptive)
     kept = select(stats, row_mask=batch.row_mask, rollout_ids=rollout_ids)
     ids, valid = batch.slots(kept, select, rollout_ids)
     learned_at = measured_at
     if adaptive:
-        learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device)
+        learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device, ids)
     at_rows = rows_of_stats(stats, divergence, ids, learned_at)
     if at_rows is None:
         at_rows = batch.measure_late(ids, divergence.needs, learned_at)
         stats = stats if adaptive else batch.filled(stats, at_rows, ids)
     row_sums = 2 * any(term.class_b for _, term in divergence.terms)
-    batch.count(ids, row_sums + 2 + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
+    batch.count(ids, row_sums)
 
     factor = 1.0 - ce_weight
     if temperature_sq:
@@ -137,6 +139,8 @@ def distill(
     ce = CrossEntropy(ce_weight, batch.label_rows(ids, at_rows, stats, learned_at)) if ce_weight else None
     task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, factor, ce)
     losses = row_loss(rows_s, rows_t, task)
+    if losses.requires_grad:
+        batch.count(ids, 2 + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
     usable = valid & torch.isfinite(losses.detach())
     w = usable.float()
     for factor in (weights, kept._weights):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from tip_kernels._checks import FLOATS, expect, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.backends import backend_for
@@ -170,7 +170,9 @@ def row_loss(student: Rows, teacher: Rows, task: RowTask) -> Tensor:
     labels = None if task.labels is None else task.labels[task.ids]
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
-    gradient = GradientSweep(sweep, terms, factor, torch.isfinite(loss), labels, task.ce, task.grad_logits)
+    gradient = GradientSweep(
+        sweep, terms, factor, torch.isfinite(loss), labels, task.ce, limit is not None, task.grad_logits
+    )
     return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
 
@@ -181,19 +183,41 @@ class _RowLoss(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, values: Tensor, sweep: GradientSweep, student: Rows, teacher: Rows, *leaves: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(*leaves, *teacher.leaves)  # autograd then refuses a backward after an in-place change
+        # Saved tensors let autograd refuse a backward after an in-place change; those of inference mode cannot change.
+        tensors = [*leaves, *teacher.leaves]
+        ctx.save_for_backward(*(None if tensor.is_inference() else tensor for tensor in tensors))
+        ctx.constants = [tensor if tensor.is_inference() else None for tensor in tensors]
         ctx.sweep, ctx.student, ctx.teacher = sweep, student.with_leaves(()), teacher.with_leaves(())
         return values.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[4:]
-        leaves, teacher_leaves = ctx.saved_tensors[: len(need)], ctx.saved_tensors[len(need) :]
-        student, teacher = ctx.student.with_leaves(leaves), ctx.teacher.with_leaves(teacher_leaves)
-        with torch.autocast(upstream.device.type, enabled=False):
-            grads = ctx.sweep.run(student, teacher, upstream, need)
+        tensors = tuple(
+            saved if constant is None else constant
+            for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
+        )
+        leaves = tensors[: len(need)]
+        student, teacher = ctx.student.with_leaves(leaves), ctx.teacher.with_leaves(tensors[len(need) :])
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            grads = ctx.sweep.run(student, teacher, upstream.detach(), need)
+        if torch.is_grad_enabled():  # create_graph=True: a gradient of the gradient would pass for 0
+            grads = [None if grad is None else _Once.apply(grad, *leaves) for grad in grads]
         return (None, None, None, None, *grads)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again, and says so."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor, *leaves: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
+        )
 
 
 @dataclass(frozen=True)
@@ -214,10 +238,12 @@ class Sweep:
             temperature=self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature,
         )
 
-    def blocks(self, student: Rows, teacher: Rows, buffers: int) -> tuple[list[slice], int, list[Tensor]]:
+    def blocks(
+        self, student: Rows, teacher: Rows, buffers: int, slice_width: int = 0
+    ) -> tuple[list[slice], int, list[Tensor]]:
         """The blocks of rows, the columns of a tile, and two buffers for tiles of logits."""
         n_rows = self.ids.numel()
-        block, columns = tile_shape(n_rows, [student, teacher], self.workspace, buffers)
+        block, columns = tile_shape(n_rows, [student, teacher], self.workspace, buffers, slice_width=slice_width)
         parts = [slice(r0, min(r0 + block, n_rows)) for r0 in range(0, n_rows, block)]
         return parts, columns, [torch.empty(block * columns, device=student.device) for _ in range(2)]
 
@@ -266,6 +292,7 @@ class GradientSweep:
     finite: Tensor  # (S,) bool: a row whose loss is infinite or NaN has gradient 0
     labels: Tensor | None  # (S,)
     ce: CrossEntropy | None
+    clipped: bool
     grad_logits: str
 
     def run(self, student: Rows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
@@ -289,16 +316,20 @@ class GradientSweep:
             self.finite[places],
             None if self.labels is None else self.labels[places],
             None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
+            self.clipped,
             self.grad_logits,
         )
 
     def _to_logits(self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None) -> list[Tensor]:
         parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7)
-        all_ids, matrix = self.sweep.ids, student.matrix
-        if self.grad_logits == "compact":
-            out, places = matrix.new_zeros(all_ids.numel(), student.vocab), None
+        all_ids, leaf, matrix = self.sweep.ids, student.leaves[0], student.matrix
+        places = None if self.grad_logits == "compact" else all_ids
+        if self.grad_logits == "inplace":
+            out = matrix
+        elif matrix is not None and self.grad_logits == "dense":
+            out = torch.zeros_like(matrix)
         else:
-            out, places = matrix if self.grad_logits == "inplace" else torch.zeros_like(matrix), all_ids
+            out = leaf.new_zeros(student.n_rows if self.grad_logits == "dense" else all_ids.numel(), student.vocab)
         for v0, v1 in columns_of(student.vocab, columns):
             weight_t = _weight_tile(teacher, v0, v1)
             for part in parts:
@@ -318,12 +349,12 @@ class GradientSweep:
             out = torch.sparse_coo_tensor(
                 all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
             )
-        return [out]
+        return [out.view(leaf.shape) if matrix is None else out]
 
     def _through_head(
         self, student: HeadRows, teacher: Rows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
-        parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7)
+        parts, columns, buffers = self.sweep.blocks(student, teacher, buffers=7, slice_width=student.width)
         all_ids, device, width = self.sweep.ids, student.device, student.width
         need_hidden, need_weight, need_bias = (*need, False)[:3]
         dhidden = torch.zeros(all_ids.numel(), width, device=device) if need_hidden else None
@@ -351,6 +382,7 @@ class GradientSweep:
                 dweight[v0:v1] = dweight_slice
             if need_bias:
                 dbias[v0:v1] = dbias_slice
+            weight_s = weight_t = dweight_slice = None  # released before the next ones are made
         if need_hidden:
             full = torch.zeros_like(student.hidden)
             dhidden = full.index_copy_(0, all_ids, dhidden.to(full.dtype))
@@ -369,7 +401,10 @@ class GradientSweep:
         for term in terms:
             if "label_factor" in term.rows:
                 self._add_at_label(g, part, v0, term.weight * term.rows["label_factor"])
-        g.mul_(self.factor[part].unsqueeze(1) / tau)
+        factor = self.factor[part].unsqueeze(1)
+        g.mul_(factor / tau)
+        if self.clipped:  # a clipped row may be an infinite one, whose g is not finite
+            g.masked_fill_(factor == 0, 0.0)
         if dce is not None:
             g.add_(dce)
         g.mul_(up * student.scale)
@@ -411,7 +446,7 @@ def _tiles(
     """Logit tiles (R, C) of both models in the buffers, after scale and softcap, at temperature 1."""
     n_rows = blocks[0].n_rows
     return tuple(
-        block.tile(v0, v1, buffer[: n_rows * (v1 - v0)].view(n_rows, -1), weight)
+        block.tile(v0, v1, buffer[: n_rows * (v1 - v0)].view(n_rows, v1 - v0), weight)
         for block, buffer, weight in zip(blocks, buffers, weights, strict=True)
     )
 

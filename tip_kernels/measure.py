@@ -88,15 +88,15 @@ class EagerEngine:
         self.fold = online.Fold(rows, columns, n_models, want, device)
 
     def start(self, n_rows: int, temperature: float | Tensor) -> None:
-        self.unit = online.HALF_LOG2E / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
+        self.temperature, self.unit = temperature, 1 / (online.NATS * temperature)
         self.parts: list[online.State] = []
 
     def add(self, tiles: list[Tensor], v0: int) -> None:
-        tiles = [z.mul_(self.unit) for z in tiles]
-        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None))
+        unit = self.unit.unsqueeze(1) if isinstance(self.unit, Tensor) else self.unit
+        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit))
 
     def finish(self) -> dict[str | Blend, Tensor]:
-        return online.finish(online.merge(self.parts))
+        return online.finish(online.merge(self.parts, self.unit), self.temperature)
 
 
 class TritonEngine:
@@ -129,7 +129,7 @@ def _engines(
 
 
 def _is_read_in_place(source: Rows) -> bool:
-    return isinstance(source, LogitRows) and source.matrix.stride(1) == 1
+    return isinstance(source, LogitRows) and source.matrix is not None and source.matrix.stride(1) == 1
 
 
 def _measure_logits(
@@ -181,7 +181,7 @@ def _measure_block(
     for engine in engines:
         engine.start(n_rows, temperature)
     for v0, v1 in columns_of(vocab, columns):
-        views = [buffer[: n_rows * (v1 - v0)].view(n_rows, -1) for buffer in buffers]
+        views = [buffer[: n_rows * (v1 - v0)].view(n_rows, v1 - v0) for buffer in buffers]
         tiles = [block.tile(v0, v1, view) for block, view in zip(blocks, views, strict=True)]
         for top, z, other in zip(tops, tiles, tiles[::-1], strict=False):
             top.update(z, other, v0)
@@ -233,7 +233,7 @@ def _list_fields(
         fields["agree"] = whole & (best.squeeze(1) == top_t.ids[:, 0])
         if top_k:
             tau = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-            logp = top_s.payload[:, :top_k] / tau - (out["shift_t"] + out["logsum_t"]).unsqueeze(1)
+            logp = (top_s.payload[:, :top_k] / tau - out["shift_t"].unsqueeze(1)) - out["logsum_t"].unsqueeze(1)
             listed = top_s.values[:, :top_k] > online.FLOOR
             fields["mass_t_on_top_s"] = torch.where(listed, logp.exp(), 0.0).sum(1).clamp_(max=1.0) + nan
             hit = (top_t.ids[:, :top_k] == best) & (top_t.values[:, :top_k] > online.FLOOR) & whole.unsqueeze(1)
@@ -242,11 +242,12 @@ def _list_fields(
 
 
 def tile_shape(
-    n_rows: int, sources: list[Rows], workspace: int, buffers: int, *, whole_parts: bool = False
+    n_rows: int, sources: list[Rows], workspace: int, buffers: int, *, whole_parts: bool = False, slice_width: int = 0
 ) -> tuple[int, int]:
     """Rows and columns of a tile such that its buffers, gathered rows and upcast weights stay within the workspace.
 
     whole_parts  columns come in multiples of what a program of the Triton fold reads
+    slice_width  of an fp32 slice of d(weight), for each column
     """
     width, vocab = sum(source.width for source in sources), sources[0].vocab
     # On a CPU a tile stays in the second-level cache; elsewhere it must be large enough to fill the device.
@@ -254,7 +255,11 @@ def tile_shape(
     if whole_parts:
         from tip_kernels.kernels.row_stats import PART as columns
     rows, columns = min(rows, max(n_rows, 1)), min(columns, vocab)
-    while 4 * (buffers * rows * columns + (rows + columns) * width) > workspace and max(rows, columns) > 16:
+
+    def size(rows: int, columns: int) -> int:
+        return 4 * (buffers * rows * columns + (2 * rows + columns) * width + columns * slice_width)
+
+    while size(rows, columns) > workspace and max(rows, columns) > 16:
         if columns >= rows and not whole_parts:
             columns = (columns + 1) // 2
         elif rows > 1:

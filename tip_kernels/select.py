@@ -92,7 +92,7 @@ class Rule:
 
         Raises ValueError for a needed field that is None, and for a wrong shape, dtype or device.
         """
-        shape, device = _layout(stats)
+        shape, device = _layout(stats, row_mask)
         population = _unmasked(row_mask, shape, device)
         group = _rollouts(rollout_ids, shape, device)
         values = {name: _statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
@@ -449,10 +449,12 @@ def quadrants(
     return torch.where(rows, 1 + 2 * low_entropy.to(torch.int8) + low_divergence.to(torch.int8), 0).to(torch.int8)
 
 
-def _layout(stats: TokenStats) -> tuple[tuple[int, ...], torch.device]:
-    """(N,) or (B, T), and the device of the statistics."""
+def _layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int, ...], torch.device]:
+    """(N,) or (B, T), and the device of the statistics, or of the mask where nothing was measured."""
     expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
     measured = [value for name in _STATISTICS if (value := getattr(stats, name)) is not None]
+    if not measured and stats._batch_shape and isinstance(row_mask, Tensor):
+        return stats._batch_shape, row_mask.device
     expect(bool(measured), "stats", "at least one measured statistic", stats)
     return stats._batch_shape or (measured[0].numel(),), measured[0].device
 

@@ -8,6 +8,7 @@ N rows (tokens), R rows of a block, V vocabulary, C columns of a tile, H hidden 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -44,6 +45,7 @@ class Head:
         h, w, b = self.hidden, self.weight, self.bias
         ok = isinstance(h, Tensor) and h.dim() in (2, 3) and h.dtype in FLOATS
         expect(ok, "hidden", "a float32, bfloat16 or float16 tensor of shape (N, H) or (B, T, H)", h)
+        expect(h.shape[-1] > 0, "hidden", "a width H of at least 1", h)
         ok = isinstance(w, Tensor) and w.dim() == 2 and w.dtype in FLOATS and w.shape[1] == h.shape[-1]
         expect(ok, "weight", f"a float tensor of shape (V, {h.shape[-1]})", w)
         expect(w.shape[0] > 0, "weight", "at least one vocabulary row", w)
@@ -61,6 +63,11 @@ class Head:
             expect(ok, "vocab_size", f"an int from 1 to weight's {w.shape[0]} rows", v)
 
 
+def _collapses(x: Tensor) -> bool:
+    """Whether a (B, T, V) tensor is a view of a (B * T, V) one."""
+    return x.shape[0] <= 1 or x.shape[1] <= 1 or x.numel() == 0 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
 class LogitRows:
     """The rows of a materialised (N, V) matrix of logits."""
 
@@ -69,16 +76,15 @@ class LogitRows:
     def __init__(self, logits: Tensor) -> None:
         self.batch_shape = tuple(logits.shape[:-1])
         self.vocab = logits.shape[-1]
-        self.matrix = logits.reshape(-1, self.vocab) if logits.dim() == 3 else logits
-        self.leaves = (self.matrix,)
+        self.n_rows, self.device = math.prod(self.batch_shape), logits.device
+        if logits.dim() == 3 and _collapses(logits):
+            logits = logits.view(-1, self.vocab)
+        self._hold(logits)
 
-    @property
-    def n_rows(self) -> int:
-        return self.matrix.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
+    def _hold(self, logits: Tensor) -> None:
+        self.leaves = (logits,)
+        # None: a batch cut in time, whose rows have two strides; flattening it would copy all of it
+        self.matrix = logits if logits.dim() == 2 else None
 
     def block(self, rows: slice | Tensor) -> LogitBlock:
         return LogitBlock(self, rows)
@@ -86,8 +92,10 @@ class LogitRows:
     def with_leaves(self, leaves: tuple[Tensor, ...]) -> LogitRows:
         """The same rows over other tensors of the same shape, or over none."""
         other = copy.copy(self)
-        other.leaves = leaves
-        other.matrix = leaves[0] if leaves else None
+        if leaves:
+            other._hold(*leaves)
+        else:
+            other.leaves, other.matrix = (), None
         return other
 
 
@@ -99,6 +107,12 @@ class LogitBlock:
 
     def tile(self, v0: int, v1: int, out: Tensor, weight: None = None) -> Tensor:
         """Logits of columns v0 to v1, fp32 (R, C), written into out."""
+        if self.source.matrix is None:
+            (logits,), rows = self.source.leaves, self.rows
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=out.device)
+            steps = logits.shape[1]
+            return out.copy_(logits[rows // steps, rows % steps, v0:v1])
         columns = self.source.matrix[:, v0:v1]
         return out.copy_(columns[self.rows] if isinstance(self.rows, slice) else columns.index_select(0, self.rows))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, flat_rows, row_temperature, workspace_bytes
+from tip_kernels._checks import expect, flag, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.eager.online import Blend
 from tip_kernels.measure import (
     IGNORE_LABEL,
@@ -101,6 +101,7 @@ def token_stats(
         isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0, "top_k", "an int of at least 0", top_k
     )
     expect(top_k == 0 or teacher is not None, "top_k", "0 without a teacher", top_k)
+    flag("margins", margins)
     temperature = row_temperature(temperature, rows_s.batch_shape, rows_s.device)
     want = STUDENT_FIELDS | (TEACHER_FIELDS if teacher is not None else frozenset())
     want |= MARGIN_FIELDS if margins else frozenset()

@@ -1,14 +1,14 @@
-r"""The accumulator: what one read of a row's logits must leave behind, and how two such states become one.
+"""The accumulator: what one read of a row's logits must leave behind, and how two such states become one.
 
-Half-exponent form. With z the logits in nats, x = z log2(e) / 2, k = max x, u = x - k, h = 2^u, e = h^2, c = 2 ln 2:
+Half-exponent form, with z the logits, T the temperature, c = 2 ln 2: k = max z, u = (z - k) / (c T), h = 2^u, e = h^2
 
-    L = sum e                 lse = c k + ln L
+    L = sum e                 lse = k / T + ln L
     A = sum e u               entropy = ln L - c A / L
     D_t = sum e_t (u_t - u_s) KL(t||s) = c D_t / L_t + ln(L_s / L_t)            D_s is the mirror
     Q = sum (h_t - h_s)^2     1 - sum sqrt(p_t p_s) = (Q - (sqrt L_t - sqrt L_s)^2) / (2 sqrt(L_t L_s))
 
-D and Q accumulate differences, so nearly equal rows do not cancel. A state recentres exactly: when k grows by -d, with
-r = 2^d and a = r^2 (the L on the right are the old ones)
+D and Q accumulate differences, so nearly equal rows do not cancel; k is subtracted before anything is rounded. A state
+recentres exactly: when k grows by -c T d, with r = 2^d and a = r^2 (the L on the right are the old ones)
 
     A <- a (A + d L)                         D_t <- a_t (D_t + (d_t - d_s) L_t)
     Q <- r_t r_s Q + (r_t - r_s) (r_t L_t - r_s L_s)                            L <- a L
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 FLOOR = -(2.0**100)
-HALF_LOG2E = 0.5 / math.log(2.0)  # x per nat of z
-NATS = 2.0 * math.log(2.0)  # nats per unit of x: the c above
+NATS = 2.0 * math.log(2.0)  # nats per unit of u: the c above
 
 State = dict  # field, Blend (its m) or ("sum", Blend) to fp32 (P, R) or, merged, (R,)
 
@@ -54,8 +53,8 @@ class Fold:
         self.entropy = {model: f"entropy_{model}" in want for model in "st"}
         self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(n_models + 1)]
 
-    def __call__(self, x_s: Tensor, x_t: Tensor | None) -> State:
-        """The state of one tile; x_s and x_t are half-exponent logits (R, C), fp32, and are overwritten."""
+    def __call__(self, x_s: Tensor, x_t: Tensor | None, unit: float | Tensor) -> State:
+        """The state of one tile. x_s and x_t are logits (R, C), fp32, overwritten; unit is 1 / (c T), maybe (R, 1)."""
         banned = [_clamp_banned(x) for x in (x_s, x_t) if x is not None]
         scratch, *h = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
         state: State = {}
@@ -63,7 +62,7 @@ class Fold:
             if x is not None:
                 k = x.amax(1, keepdim=True)
                 state[f"k_{model}"] = k.squeeze(1)
-                torch.exp2(x.sub_(k), out=h_x)
+                torch.exp2(x.sub_(k).mul_(unit), out=h_x)
         if "hellinger_sq" in self.want:
             torch.sub(h[1], h[0], out=scratch)
             state["Q"] = scratch.mul_(scratch).sum(1)
@@ -106,6 +105,8 @@ def _fold_blend(
 
 def _clamp_banned(x: Tensor) -> Tensor | None:
     """Clamps x to FLOOR and tells where it was banned; None if nowhere, which only a CPU can ask without waiting."""
+    if x.numel() == 0:
+        return None
     if x.device.type == "cpu" and bool(x.amin() > FLOOR):  # False with a NaN, so that its neighbours are still clamped
         return None
     mask = x <= FLOOR
@@ -113,8 +114,8 @@ def _clamp_banned(x: Tensor) -> Tensor | None:
     return mask
 
 
-def merge(parts: list[State]) -> State:
-    """One state from the states of a row's parts, in their order; associative."""
+def merge(parts: list[State], unit: float | Tensor) -> State:
+    """One state from the states of a row's parts, in their order; associative. unit is 1 / (c T), or (R,)."""
     if len(parts) == 1:
         return parts[0]
     p = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -124,7 +125,7 @@ def merge(parts: list[State]) -> State:
         if f"k_{model}" in p:
             k = p[f"k_{model}"]
             out[f"k_{model}"] = k.amax(0)
-            d[model] = k - out[f"k_{model}"]
+            d[model] = (k - out[f"k_{model}"]) * unit
             r[model] = torch.exp2(d[model])
             a[model] = r[model] * r[model]
             out[f"L_{model}"] = (a[model] * p[f"L_{model}"]).sum(0)
@@ -149,15 +150,15 @@ def merge(parts: list[State]) -> State:
     return out
 
 
-def finish(state: State) -> dict[str, Tensor]:
+def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tensor]:
     """The statistics of merged states: every TokenStats field whose sums are there, with shift and logsum."""
     out: dict[str, Tensor] = {}
     for model in "st":
         if f"k_{model}" in state:
             k, total = state[f"k_{model}"], state[f"L_{model}"]
             logsum = torch.where(k > FLOOR, total.log(), torch.nan)  # k = FLOOR: nothing but banned tokens
-            out[f"shift_{model}"], out[f"logsum_{model}"] = NATS * k, logsum
-            out[f"lse_{model}"] = NATS * k + logsum
+            out[f"shift_{model}"], out[f"logsum_{model}"] = k / temperature, logsum
+            out[f"lse_{model}"] = k / temperature + logsum
             if f"A_{model}" in state:
                 out[f"entropy_{model}"] = logsum - NATS * state[f"A_{model}"] / total
     for field, model, other in (("kl_fwd", "t", "s"), ("kl_rev", "s", "t")):
