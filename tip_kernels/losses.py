@@ -18,7 +18,15 @@ from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager import row_grad
 from tip_kernels.eager.online import Blend
-from tip_kernels.measure import IGNORE_LABEL, LABEL_FIELDS, PRIVATE_FIELDS, columns_of, measure, tile_shape
+from tip_kernels.measure import (
+    IGNORE_LABEL,
+    LABEL_FIELDS,
+    PRIVATE_FIELDS,
+    columns_of,
+    is_read_in_place,
+    measure,
+    tile_shape,
+)
 from tip_kernels.select import Kept
 from tip_kernels.sources import Head, HeadBlock, HeadRows, LogitBlock, Rows, check_pair, rows_of
 from tip_kernels.stats import TokenStats
@@ -330,16 +338,22 @@ class GradientSweep:
             out = torch.zeros_like(matrix)
         else:
             out = leaf.new_zeros(student.n_rows if self.grad_logits == "dense" else all_ids.numel(), student.vocab)
-        for v0, v1 in columns_of(student.vocab, columns):
-            weight_t = _weight_tile(teacher, v0, v1)
-            for part in parts:
-                ids = all_ids[part]
-                z = _tiles((student.block(ids), teacher.block(ids)), (None, weight_t), buffers, v0, v1)
-                g = self._dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
-                if places is None:
-                    out[part, v0:v1] = g
-                else:
-                    out[:, v0:v1].index_copy_(0, places[part], g)
+        plain = self.ce is None and self.labels is None and is_read_in_place(student) and is_read_in_place(teacher)
+        if self.sweep.backend == "triton" and plain:
+            weights = upstream * self.factor if dead is None else (upstream * self.factor).masked_fill(dead[:, 0], 0.0)
+            scatter = places is not None
+            self._kernel(matrix, teacher.matrix, slice(None), weights, row_ids=all_ids, out=out, scatter=scatter)
+        else:
+            for v0, v1 in columns_of(student.vocab, columns):
+                weight_t = _weight_tile(teacher, v0, v1)
+                for part in parts:
+                    ids = all_ids[part]
+                    z = _tiles((student.block(ids), teacher.block(ids)), (None, weight_t), buffers, v0, v1)
+                    g = self._dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
+                    if places is None:
+                        out[part, v0:v1] = g
+                    else:
+                        out[:, v0:v1].index_copy_(0, places[part], g)
         if self.grad_logits == "inplace":
             others = torch.ones(matrix.shape[0], 1, dtype=torch.bool, device=matrix.device).index_fill_(
                 0, all_ids, False
@@ -393,24 +407,39 @@ class GradientSweep:
     ) -> Tensor:
         """upstream * d(loss)/d(logits before scale and softcap) of one tile (R, C), fp32; overwrites z."""
         z_s, z_t = z
-        tau, up = self.sweep.temperature_at(part), upstream[part].unsqueeze(1)
+        up = upstream[part] * student.scale
         slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
         dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, v0)
-        terms = [term._replace(rows={k: v[part].unsqueeze(1) for k, v in term.rows.items()}) for term in self.terms]
-        g = row_grad.dlogits(_over(z_s, tau), _over(z_t, tau), terms, self.sweep.columns_at(part))
-        for term in terms:
+        g = self._divergence_gradient(z_s, z_t, part, up * self.factor[part])
+        for term in self.terms:
             if "label_factor" in term.rows:
-                self._add_at_label(g, part, v0, term.weight * term.rows["label_factor"])
-        factor = self.factor[part].unsqueeze(1)
-        g.mul_(factor / tau)
+                value = term.weight * term.rows["label_factor"][part] * up * self.factor[part]
+                self._add_at_label(g, part, v0, value.unsqueeze(1) / self.sweep.temperature_at(part))
         if self.clipped:  # a clipped row may be an infinite one, whose g is not finite
-            g.masked_fill_(factor == 0, 0.0)
+            g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
         if dce is not None:
-            g.add_(dce)
-        g.mul_(up * student.scale)
+            g.add_(dce.mul_(up.unsqueeze(1)))
         if slope is not None:
             g.mul_(slope)
         return g if dead is None else g.masked_fill_(dead[part], 0.0)
+
+    def _divergence_gradient(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor) -> Tensor:
+        """weights * d(divergence)/dz of one tile (R, C); weights is (R,)."""
+        if self.sweep.backend == "triton":
+            return self._kernel(z_s, z_t, part, weights, out=torch.empty_like(z_s))
+        tau = self.sweep.temperature_at(part)
+        terms = [term._replace(rows={k: v[part].unsqueeze(1) for k, v in term.rows.items()}) for term in self.terms]
+        g = row_grad.dlogits(_over(z_s, tau), _over(z_t, tau), terms, self.sweep.columns_at(part))
+        return g.mul_(weights.unsqueeze(1) / tau)
+
+    def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: Tensor | bool) -> Tensor:
+        """The same by the Triton kernel, which reads tiles or whole rows."""
+        from tip_kernels.kernels import row_grad as kernels
+
+        terms = [kernels.Term(term.weight, term.name, term.params, _at(term.rows, part)) for term in self.terms]
+        tau = self.sweep.temperature
+        tau = tau[part] if isinstance(tau, Tensor) else tau
+        return kernels.row_grad(z_s, z_t, weights, _at(self.sweep.normalisers, part), terms, temperature=tau, **where)
 
     def _cross_entropy_tile(self, z_s: Tensor, part: slice, v0: int) -> Tensor:
         """ce.weight * (p_s - one-hot(label)) at temperature 1, 0 in rows without a label."""
@@ -427,7 +456,7 @@ class GradientSweep:
         tile.scatter_add_(1, place.clamp(0, tile.shape[1] - 1), torch.where(inside, value, 0.0))
 
 
-def _at(values: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
+def _at(values: Mapping[str, Tensor], places: Tensor | slice) -> dict[str, Tensor]:
     return {name: value[places] for name, value in values.items()}
 
 

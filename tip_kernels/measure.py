@@ -52,7 +52,7 @@ def measure(
     blends = frozenset(name for name in want if isinstance(name, Blend))
     lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and not triton))
     with torch.autocast(student.device.type, enabled=False):
-        if triton and not blends and not lists and all(_is_read_in_place(source) for source in sources):
+        if triton and not blends and not lists and all(is_read_in_place(source) for source in sources):
             out = _measure_logits(sources, want, rows, labels, temperature, workspace)
         else:
             block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
@@ -128,7 +128,8 @@ def _engines(
     return [*engines, EagerEngine(rows, columns, n_models, blends, device)] if blends else engines
 
 
-def _is_read_in_place(source: Rows) -> bool:
+def is_read_in_place(source: Rows) -> bool:
+    """Whether kernels can read the source's logits where they lie."""
     return isinstance(source, LogitRows) and source.matrix is not None and source.matrix.stride(1) == 1
 
 
