@@ -1,0 +1,249 @@
+"""AdaKD: keep fewer rows while the loss falls, and soften the easy ones (arXiv 2510.11615).
+
+`AdaptiveFocus` holds the ratio of kept rows, `difficulty_temperature` gives every row its temperature, and `adakd`
+joins both into arguments of `distill`, with any divergence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from tip_kernels._checks import expect, finite_number
+from tip_kernels._ranking import _run_starts
+from tip_kernels.select import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
+from tip_kernels.stats import TokenStats
+
+
+class AdaptiveFocus:
+    """The ratio of rows to keep: smaller while the loss falls, larger while it rises (AdaKD's LATF).
+
+        average <- beta * average + (1 - beta) * loss         (at first: the first loss)
+        keep <- max(floor, keep (1 - step))   if average < anchor (1 - tolerance)
+                min(1, keep (1 + step))       if average > anchor (1 + tolerance)
+        anchor <- average                     whenever keep has moved
+
+    for every loss, in this order. During the first `warmup` losses keep stays 1 and the anchor follows the average.
+
+    beta       in [0, 1): how much of the average stays
+    tolerance  in [0, 1): how far the average may drift before keep moves
+    step       in (0, 1): by how much keep moves
+    floor      in (0, 1]: the smallest keep; the released code has it, the paper does not
+    warmup     int >= 0: losses without a move, 5 % of the run in the paper
+    group      torch.distributed process group of the data-parallel ranks; None is all of them
+
+    keep  the ratio, a float to be given to a rule
+
+    Raises ValueError naming the argument. Source: arXiv 2510.11615, Eqs. 4 to 7. There the released code compares the
+    average after this loss's update, as here, and also moves the anchor when keep stays at its floor or at 1.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.99,
+        tolerance: float = 0.05,
+        step: float = 0.05,
+        floor: float = 0.1,
+        warmup: int = 0,
+        *,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        expect(0 <= finite_number("beta", beta) < 1, "beta", "a number in [0, 1)", beta)
+        expect(0 <= finite_number("tolerance", tolerance) < 1, "tolerance", "a number in [0, 1)", tolerance)
+        expect(0 < finite_number("step", step) < 1, "step", "a number in (0, 1)", step)
+        expect(0 < finite_number("floor", floor) <= 1, "floor", "a number in (0, 1]", floor)
+        ok = isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 0
+        expect(ok, "warmup", "an int of at least 0", warmup)
+        self.beta, self.tolerance, self.step, self.floor, self.warmup = beta, tolerance, step, floor, warmup
+        self.group = group
+        self.keep = 1.0
+        self._seen = 0
+        self._average = self._anchor = math.nan
+
+    def update(self, loss: float | Tensor) -> float:
+        """Takes in the loss of one optimizer step and returns the new keep.
+
+        loss  the mean loss of the step, a float or a tensor of one element, in any unit
+
+        Call it once per optimizer step. Under gradient accumulation give it the mean over the micro-batches; under data
+        parallelism every rank calls it with its own loss and all get the same keep, from the mean over the ranks.
+        A loss that is not finite (on any rank) leaves everything as it was. Skip the steps in which nothing was kept:
+        their loss is 0. Reads a tensor's value: synchronises.
+        """
+        loss = self._mean_over_ranks(_as_float(loss))
+        if not math.isfinite(loss):
+            return self.keep
+        if self._seen == 0:
+            self._average = self._anchor = loss
+        self._seen += 1
+        self._average = self.beta * self._average + (1 - self.beta) * loss
+        if self._seen <= self.warmup:
+            self._anchor = self._average
+            return self.keep
+        keep = self.keep
+        if self._average < self._anchor * (1 - self.tolerance):
+            keep = max(self.floor, keep * (1 - self.step))
+        elif self._average > self._anchor * (1 + self.tolerance):
+            keep = min(1.0, keep * (1 + self.step))
+        if keep != self.keep:
+            self.keep, self._anchor = keep, self._average
+        return self.keep
+
+    def state_dict(self) -> dict[str, float | int]:
+        """What a checkpoint needs: keep, the average, its anchor and how many losses were seen; no settings."""
+        return {"keep": self.keep, "average": self._average, "anchor": self._anchor, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Continues from a state_dict. Raises ValueError where it is not one."""
+        names = ("keep", "average", "anchor", "seen")
+        ok = isinstance(state, dict) and set(state) == set(names)
+        expect(ok, "state", f"a dict of {', '.join(names)}, as state_dict returns it", state)
+        self.keep, self._average, self._anchor, self._seen = (state[name] for name in names)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(
+            f"{name}={getattr(self, name)}" for name in ("beta", "tolerance", "step", "floor", "warmup")
+        )
+        return f"AdaptiveFocus({settings}, keep={self.keep:.4g})"
+
+    def _mean_over_ranks(self, loss: float) -> float:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return loss
+        nccl = "nccl" in str(torch.distributed.get_backend(self.group))
+        total = torch.tensor(loss, dtype=torch.float64, device="cuda" if nccl else "cpu")
+        torch.distributed.all_reduce(total, group=self.group)
+        return total.item() / torch.distributed.get_world_size(self.group)
+
+
+@torch.no_grad()
+def difficulty_temperature(
+    stats: TokenStats,
+    row_mask: Tensor | None = None,
+    strength: float = 0.5,
+    base: float = 1.0,
+    *,
+    scope: str = "batch",
+    rollout_ids: Tensor | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """A temperature for every row, low where the models are far apart and high where they agree (AdaKD's IDTS).
+
+        tau = base exp(-strength (h - m) / (h + m)) = base exp(-strength tanh(ln(s / median s)))
+
+    with h = hellinger_sq, s = sqrt(h) and m = (median s)^2, so that tau lies in base e^(+-strength) and the median row
+    gets base. Where h and m are both 0, and in rows that are masked or NaN, tau is base.
+
+    stats        TokenStats with hellinger_sq, measured at temperature 1
+    row_mask     bool (N,) or (B, T), True for rows that count; None: all do
+    strength     a finite float; the paper's c, best at 0.5. Below 0 hard rows get the high temperatures
+    base         a positive float, the temperature of the median row
+    scope        where the median is taken: "batch" (the paper) or "rollout"
+    rollout_ids  int64 (N,) or (B, T), the rollout of each row; without them a (B, T) batch holds B rollouts
+    kept         what a rule returned: the median is then over its kept rows (the released code), not all that count
+
+    Returns (N,) fp32, detached: the released code lets a gradient through, the paper does not. The median of an even
+    number of rows is the lower one. To be used on both models' logits, with the loss times tau^2: `adakd` sets both.
+    Does not synchronise.
+
+    Raises ValueError naming the argument. Source: arXiv 2510.11615, Eqs. 9 and 10.
+    """
+    strength, base = finite_number("strength", strength), finite_number("base", base, positive=True)
+    expect(scope in ("batch", "rollout"), "scope", "'batch' or 'rollout'", scope)
+    shape, device = _layout(stats)
+    h = _statistic(stats, "hellinger_sq", "difficulty_temperature")
+    rows = _unmasked(row_mask, shape, device) & ~h.isnan()
+    group = _rollouts(rollout_ids, shape, device)
+    if h.numel() == 0:
+        return h
+    group = group if scope == "rollout" else torch.zeros_like(group)
+    population = rows
+    if kept is not None:
+        ok = isinstance(kept, Kept) and kept.mask.numel() == h.numel()
+        expect(ok, "kept", f"what a rule returned for {h.numel()} rows, or None", kept)
+        population = rows & kept.mask
+    m = _lower_median(h, population, group)
+    hardness = torch.where(rows & (h + m > 0), (h - m) / (h + m), 0.0)
+    return base * torch.exp(-strength * hardness)
+
+
+def adakd(
+    focus: AdaptiveFocus | float = 1.0,
+    *,
+    row_mask: Tensor | None = None,
+    rollout_ids: Tensor | None = None,
+    strength: float = 0.5,
+    base: float = 1.0,
+    scope: str = "rollout",
+    median_scope: str = "batch",
+    median_of: str = "valid",
+) -> dict[str, object]:
+    """The arguments with which `distill` learns as AdaKD does, for any divergence.
+
+        loss = 1/|S| sum_S tau_i^2 D(teacher_i at tau_i, student_i at tau_i)    S: the rows of largest hellinger_sq
+
+    focus         an AdaptiveFocus, or a fraction in (0, 1] that stays; 1.0 keeps all rows (temperatures only)
+    row_mask      bool (N,) or (B, T), True for trainable tokens; given here because the median is over them, too
+    rollout_ids   int64 (N,) or (B, T), the rollout of each row; likewise
+    strength      of the temperatures; 0 leaves them at base (focus only)
+    base          the temperature of the median row
+    scope         what keep is a fraction of: each "rollout" (the paper) or the "batch" (the released code)
+    median_scope  "batch" (the paper) or "rollout"
+    median_of     "valid": over all trainable rows (the paper), "kept": over the kept ones (the released code)
+
+    Returns a dict of row_mask, rollout_ids, select, temperature, temperature_sq and normalizer. A training loop:
+
+        focus = AdaptiveFocus(warmup=100)
+        for batch in batches:
+            out = distill(student, teacher, divergence=ReverseKL(), **adakd(focus, row_mask=mask))
+            out.loss.backward()
+            optimizer.step()
+            focus.update(out.loss)                           # once per optimizer step, with its mean loss
+
+    Raises ValueError naming the argument. Source: arXiv 2510.11615.
+    """
+    keep = focus.keep if isinstance(focus, AdaptiveFocus) else focus
+    ok = isinstance(keep, float) and 0 < keep <= 1
+    expect(ok, "focus", "an AdaptiveFocus, or a fraction in (0, 1] as a float", focus)
+    finite_number("strength", strength)
+    finite_number("base", base, positive=True)
+    expect(median_scope in ("batch", "rollout"), "median_scope", "'batch' or 'rollout'", median_scope)
+    expect(median_of in ("valid", "kept"), "median_of", "'valid' or 'kept'", median_of)
+    rule = TopHellinger(keep, scope=scope)
+
+    def temperature(stats: TokenStats) -> Tensor:
+        mask = None if row_mask is None else row_mask.to(_layout(stats)[1])  # distill takes one on the CPU, too
+        kept = rule(stats, mask, rollout_ids) if median_of == "kept" else None
+        return difficulty_temperature(
+            stats, mask, strength, base, scope=median_scope, rollout_ids=rollout_ids, kept=kept
+        )
+
+    return {
+        "select": rule,
+        "temperature": temperature,
+        "temperature_sq": True,
+        "normalizer": "kept",
+        "row_mask": row_mask,
+        "rollout_ids": rollout_ids,
+    }
+
+
+def _lower_median(x: Tensor, rows: Tensor, group: Tensor) -> Tensor:
+    """(N,) the lower median of x over the rows of each row's group; NaN where the group has none."""
+    x = torch.where(rows, x, torch.nan)  # sorted last
+    order = x.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    start = _run_starts(group[order])
+    count = torch.zeros_like(start).scatter_add_(0, start, rows[order].long()).take(start)
+    middle = x[order].take(start + (count - 1).clamp(min=0) // 2)
+    return torch.empty_like(middle).scatter_(0, order, middle)
+
+
+def _as_float(loss: float | Tensor) -> float:
+    if isinstance(loss, Tensor):
+        expect(loss.numel() == 1, "loss", "a number or a tensor of one element", loss)
+        return loss.item()
+    expect(isinstance(loss, (int, float)) and not isinstance(loss, bool), "loss", "a number", loss)
+    return float(loss)
