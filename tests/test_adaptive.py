@@ -236,7 +236,7 @@ def test_temperatures_are_defined_where_difficulties_are_zero():
 
 
 def test_temperatures_can_take_the_median_of_the_kept_rows():
-    stats = stats_of([0.1, 0.2, 0.3, 0.4, 0.5, NAN])
+    stats = stats_of([0.1, 0.2, 0.3, 0.4, 0.5, NAN, NAN])
     kept = tip.TopHellinger(3)(stats)
     tau = difficulty_temperature(stats, kept=kept)
     h = stats.hellinger_sq
@@ -244,7 +244,7 @@ def test_temperatures_can_take_the_median_of_the_kept_rows():
     assert tau[5] == 1
     torch.testing.assert_close(difficulty_temperature(stats, kept=tip.KeepAll()(stats)), difficulty_temperature(stats))
     nothing = tip.Threshold("hellinger_sq", above=2.0)(stats)
-    assert difficulty_temperature(stats, kept=nothing).tolist() == [1] * 6
+    assert difficulty_temperature(stats, kept=nothing).tolist() == [1] * 7
 
 
 def test_rollouts_of_a_batch_have_a_median_each():
