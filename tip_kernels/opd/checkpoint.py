@@ -13,6 +13,7 @@ No pickle anywhere: tensors are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -46,14 +47,20 @@ def check_output(folder: Path, overwrite: bool, marker: str = "run.json") -> Non
 def begin(folder: Path, settings: Settings, resumed_at: int | None) -> None:
     """Make the folder ready.
 
-    For a new run, what an earlier one left goes (check_output comes first). For one resumed at step `resumed_at`, the
-    log's later rows go: those steps are taken again.
+    For a new run, what an earlier one left goes (check_output comes first), and nothing else. For one resumed at step
+    `resumed_at`, the log's later rows go: those steps are taken again.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"argument --output: expected a folder that can be made, got {error}") from None
     if resumed_at is not None:
         _trim_log(folder / "log.jsonl", resumed_at)
-    elif (folder / "run.json").is_file():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    else:
+        for name in ("student", "partial", *(old.name for old in folder.glob("checkpoint-*"))):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("run.json", "log.jsonl", "latest", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", asdict(settings))
 
 
@@ -131,7 +138,7 @@ def save_student(folder: Path, loop: Loop) -> None:
 def append_row(folder: Path, row: dict) -> None:
     """One more line in log.jsonl."""
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+        log.write(json.dumps(finite(row)) + "\n")
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -142,7 +149,12 @@ def _trim_log(path: Path, step: int) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write or replace a JSON file in one go."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    _write(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finite(content: dict) -> dict:
+    """The same with null for numbers that JSON cannot write."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
 
 
 def _write(path: Path, text: str) -> None:

@@ -38,6 +38,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\ntip-kernels opd: finishing this step; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def pick_device(name: str):
@@ -70,6 +71,9 @@ def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
             given[name] = str(Path(given[name]).resolve())
     if not options.get("resume"):
         checkpoint.check_output(folder, options.get("overwrite", False))
+        for name in ("teacher", "student", "task"):
+            if folder.resolve() in Path(given.get(name, "packaged")).parents:
+                raise UsageError(f"argument --output: expected a folder without the {name} in it, got {str(folder)!r}")
         return Settings(**given), None
     if options.get("overwrite"):
         raise UsageError("argument --resume: expected --resume or --overwrite, got both")
@@ -119,7 +123,7 @@ def run(options: dict) -> int:
     if not quiet:
         report.print_table(result, task.name, len(task.held_out))
     if options.get("json"):
-        print(json.dumps(result), flush=True)
+        print(json.dumps(checkpoint.finite(result)), flush=True)
     return 0
 
 

@@ -6,6 +6,7 @@ the backbone, whose hidden states we differentiate through, and the output head,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,25 +82,28 @@ def load_pair(teacher: Path, student: Path, device: torch.device, resumed: Path 
         _check_folder(name, folder)
         try:
             tokenizers[name] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            models[name] = AutoModelForCausalLM.from_pretrained(
+            models[name], loading = AutoModelForCausalLM.from_pretrained(
                 resumed if resumed and name == "student" else folder,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # whatever a broken checkpoint can raise
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
                 f"argument --{name}: expected a causal language model in {folder}, got: {reason}"
             ) from None
+        if missing := sorted(loading["missing_keys"]):
+            raise UsageError(f"argument --{name}: expected every weight in {folder}, got none for {missing[0]}")
         models[name].to(device).eval().requires_grad_(name == "student")
     if tokenizers["teacher"].get_vocab() != tokenizers["student"].get_vocab():
         raise UsageError(
             f"argument --teacher: expected the student's vocabulary ({len(tokenizers['student'])} tokens, {student}),"
             f" got another ({len(tokenizers['teacher'])} tokens, {teacher})"
         )
-    rows = {name: model.get_output_embeddings().weight.shape[0] for name, model in models.items()}
-    shared = min(rows.values()) if len(set(rows.values())) == 2 else None  # heads padded to different sizes
+    rows = {model.config.get_text_config().vocab_size for model in models.values()}
+    shared = min(rows) if len(rows) == 2 else None  # heads padded to different sizes
     sides = {name: _side(name, model, shared) for name, model in models.items()}
     tokenizer = tokenizers["student"]
     stop_ids = _stop_ids(models["student"], tokenizer)
@@ -126,29 +130,29 @@ def _stop_ids(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase)
 
 def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:
     """Read the known logit transforms from the config and verify the split on a few tokens."""
+    kind, takes = type(model).__name__, inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes or not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UsageError(f"argument --{name}: expected a decoder with a KV cache and a linear output head, got {kind}")
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     side = Side(model, scale, getattr(config, "final_logit_softcapping", None), vocab_size)
-    error, size = _head_error(side)
-    if not error <= 1e-4 * max(size, 1.0):
+    try:
+        gap = _head_gap(side)
+    except (TypeError, AttributeError) as reason:
+        raise UsageError(f"argument --{name}: expected a decoder-only transformer, got {kind}: {reason}") from None
+    if not gap < 1e-6:
         raise UsageError(
             f"argument --{name}: expected logits softcap * tanh(scale * (hidden W^T + bias) / softcap),"
-            f" got a {type(model).__name__} whose logits differ from that by {error:.3g}"
+            f" got {kind}, whose logits differ from that by a KL of {gap:.3g} nats"
         )
     return side
 
 
 @torch.no_grad()
-def _head_error(side: Side) -> tuple[float, float]:
-    """Largest difference between the model's own logits and those of backbone and head, and the largest logit."""
-    out = side.model.get_output_embeddings()
-    tokens = torch.arange(1, 7, device=out.weight.device).remainder(out.weight.shape[0]).reshape(2, 3)
+def _head_gap(side: Side) -> float:
+    """Largest KL, over a few tokens, between the model's own distribution and that of backbone and head."""
+    vocab = side.model.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 7, device=side.model.device).remainder(vocab).reshape(2, 3)
     attention = torch.ones_like(tokens)
     own = side.model(input_ids=tokens, attention_mask=attention).logits.float()
-    ours = (
-        side.scale
-        * nn.functional.linear(side.hidden(tokens, attention), out.weight, getattr(out, "bias", None)).float()
-    )
-    if side.softcap:
-        ours = side.softcap * torch.tanh(ours / side.softcap)
-    return (own - ours).abs().max().item(), own.abs().max().item()
+    return tip.token_stats(own[..., : side.vocab_size], side.head(side.hidden(tokens, attention))).kl_rev.max().item()

@@ -48,7 +48,7 @@ class Progress:
         if row["step"] == 0:
             self.say(f"start  accuracy {_percent(self.accuracy)}  KL {_number(row['eval_kl'])}")
             return
-        text = f"{_facts(row)}  accuracy {_percent(self.accuracy)}"
+        text = f"accuracy {_percent(self.accuracy)}  {_facts(row)}"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()

@@ -132,23 +132,27 @@ def retrain(output: Path, seed: int, report=print) -> dict:
     tokenizer = character_tokenizer()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        trained = {
+            "teacher": read(TEACHER, tokenizer, seed, addition.any_slip, True, lambda line: report(f"teacher: {line}")),
+            "student": read(
+                STUDENT, tokenizer, seed, addition.students_slip, False, lambda line: report(f"student: {line}")
+            ),
+        }
+        accuracies = {name: greedy_accuracy(model.eval(), tokenizer) for name, model in trained.items()}
+    finally:
+        torch.set_num_threads(threads)
     record = {"seed": seed, "torch": torch.__version__, "transformers": transformers.__version__, "models": {}}
-    for name, recipe, slip, unread in (
-        ("teacher", TEACHER, addition.any_slip, True),
-        ("student", STUDENT, addition.students_slip, False),
-    ):
-        model = read(recipe, tokenizer, seed, slip, unread, lambda line, name=name: report(f"{name}: {line}"))
-        accuracy = greedy_accuracy(model.eval(), tokenizer)
-        report(f"{name}: accuracy {100 * accuracy:.1f} %")
+    for name, model in trained.items():
+        report(f"{name}: accuracy {100 * accuracies[name]:.1f} %")
         model.half().save_pretrained(output / name)
         tokenizer.save_pretrained(output / name)
         files = sorted(path for path in (output / name).iterdir() if path.is_file())
         record["models"][name] = {
             "parameters": sum(weight.numel() for weight in model.parameters()),
-            "accuracy": accuracy,
-            "recipe": asdict(recipe),
+            "accuracy": accuracies[name],
+            "recipe": asdict(TEACHER if name == "teacher" else STUDENT),
             "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         }
-    torch.set_num_threads(threads)
     (output / "retrain.json").write_text(json.dumps(record, indent=2) + "\n")
     return record

@@ -6,6 +6,7 @@ unbroken one would have, and it returns the masks that training needs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,17 +51,21 @@ def sample(
     pad_id: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
 ) -> Rollouts:
     """Complete every prompt: by sampling at `temperature`, or by the likeliest token where `temperature` is 0.
 
     `prompts` are B lists of token ids. A completion runs to the first of `stop_ids`, which belongs to it, or to
-    `max_new_tokens`. Synchronises once a token, to stop when all have ended.
+    `max_new_tokens`. Only the first `vocab_size` tokens are drawn, where it is given. Synchronises once a token, to
+    stop when all have ended.
     """
     device = next(model.parameters()).device
     tokens, attention = left_pad(prompts, pad_id, device)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=device)
     positions = (attention.cumsum(1) - 1).clamp_min(0)
+    takes = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     step, cache, masks = tokens, None, []
     for _ in range(max_new_tokens):
         out = model(
@@ -69,9 +74,9 @@ def sample(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **last_only,
         )
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        cache, logits = out.past_key_values, out.logits[:, -1, :vocab_size].float()
         if temperature == 0:
             step = logits.argmax(-1, keepdim=True)
         else:

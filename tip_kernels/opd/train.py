@@ -85,6 +85,7 @@ class Loop:
             pad_id=self.pair.pad_id,
             temperature=temperature,
             generator=generator,
+            vocab_size=self.pair.student.vocab_size,
         )
 
     def step(self) -> dict:

@@ -1,0 +1,497 @@
+"""The main job on its packaged models, in process, with as few steps and prompts as each claim needs."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from tip_kernels import __main__ as command
+
+pytest.importorskip("transformers")
+
+from tip_kernels.opd import UsageError, addition, cli, train
+from tip_kernels.opd.pair import load_pair
+from tip_kernels.opd.rollout import left_pad, sample
+from tip_kernels.opd.settings import PACKAGED, RULES, Settings
+from tip_kernels.opd.task import load_task
+from tip_kernels.opd.train import Loop
+
+CPU = torch.device("cpu")
+SMALL = ["--batch", "4", "--eval-prompts", "8", "--eval-every", "2", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pair():
+    return load_pair(PACKAGED / "teacher", PACKAGED / "student", CPU)
+
+
+def opd(*arguments):
+    return command.main(["opd", *map(str, arguments)])
+
+
+def complete(pair, side, prompts, **options):
+    options = {"max_new_tokens": 48, "stop_ids": pair.stop_ids, "pad_id": pair.pad_id, "temperature": 0} | options
+    return sample(side.model, pair.encode(prompts), **options)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_the_scratchpad_is_written_as_in_the_paper_notes_and_reads_back():
+    text, sound = addition.write(864, 394, random.Random(0))
+    assert re.fullmatch(r"4\+4\+0=08[a-h]{3};6\+9\+0=15[a-h]{3};8\+3\+1=12[a-h]{3};>1258\$", text)
+    assert all(sound) and len(sound) == len(text) <= addition.LONGEST
+    assert [line[:4] for line in addition.lines_of(text)] == [(4, 4, 0, 8), (6, 9, 0, 15), (8, 3, 1, 12)]
+    assert addition.lines_of("4+4+0=08bde;6+9+0=15ffb;8+3+1=12gcb;>1258$")[1] == (6, 9, 0, 15, "ffb")
+
+
+def test_true_scratchpads_are_right_and_slips_make_an_answer_wrong():
+    rng = random.Random(1)
+    for a, b in addition.training_pairs(rng, 300, frozenset()):
+        prompt = addition.prompt_of(a, b)
+        assert addition.operands(prompt) == (a, b)
+        assert addition.is_right(prompt, addition.write(a, b, rng)[0])
+        slipped, sound = addition.write(a, b, rng, addition.any_slip)
+        assert addition.is_right(prompt, slipped) == all(sound)
+        assert addition.lines_of(slipped)[1][2] == addition.lines_of(slipped)[0][3] // 10  # carries follow the text
+
+
+@pytest.mark.parametrize("completion", ["1258", ">1258", ">01258$", ">1258$>", ">1257$", "$", ">1258$ "])
+def test_only_an_ended_exact_answer_is_right(completion):
+    assert addition.is_right("864+394=", "anything>1258$")
+    assert not addition.is_right("864+394=", completion)
+
+
+def test_held_out_prompts_are_fixed_and_never_trained_on():
+    task = load_task("addition", None)
+    assert len(set(task.held_out)) == 512 and task.held_out == load_task("addition", None).held_out
+    assert load_task("addition", 40).held_out == task.held_out[:40]
+    held_out = addition.held_out_pairs()
+    rng = random.Random(0)
+    assert not set(task.draw(rng, 20_000)) & {addition.prompt_of(*pair) for pair in held_out}
+    few = frozenset((a, b) for a in range(100, 1000) for b in range(100, 1000)) - {(123, 456)}
+    assert set(addition.training_pairs(random.Random(0), 1, few)) == {(123, 456)}
+
+
+def test_prompt_files_split_into_disjoint_prompts_and_answers_are_judged(tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("1+1=\n\n2+2=\n1+1=\n3+3=\n4+4=\n")
+    task = load_task(str(lines), 2)
+    drawn = task.draw(random.Random(0), 50)
+    assert len(task.held_out) == 2 and len(drawn) == 50 and task.judge is None
+    assert set(drawn) | set(task.held_out) == {"1+1=", "2+2=", "3+3=", "4+4="} and not set(drawn) & set(task.held_out)
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(9)))
+    task = load_task(str(rows), 3)
+    index, answer = 1, int(task.held_out[1][0]) + 1
+    assert task.judge(index, f" {answer}\n", True) and task.judge(index, f"so >{answer}", True)
+    assert not task.judge(index, f"{answer}0", True)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "one\n", '{"prompt": 3}\n', "not json\n", '{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n']
+)
+def test_a_broken_prompt_file_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"argument --task: .*expected .*got "):
+        load_task(str(path), None)
+
+
+def test_packaged_models_match_their_checksums_and_stay_under_a_megabyte():
+    record = json.loads((PACKAGED / "retrain.json").read_text())
+    files = {f"{name}/{file}": sha for name, m in record["models"].items() for file, sha in m["sha256"].items()}
+    for path, sha in files.items():
+        assert hashlib.sha256((PACKAGED / path).read_bytes()).hexdigest() == sha, path
+    found = {str(path.relative_to(PACKAGED)) for path in PACKAGED.rglob("*") if path.is_file()}
+    assert found == {*files, "retrain.json"}
+    assert sum((PACKAGED / path).stat().st_size for path in found) < 1_000_000
+    assert record["models"]["teacher"]["parameters"] > 300_000 > 110_000 > record["models"]["student"]["parameters"]
+
+
+def test_the_student_starts_wrong_and_the_teacher_right(pair):
+    task = load_task("addition", 512)
+    assert Loop(Settings(), pair, task, CPU).evaluate()["accuracy"] < 0.6
+    swapped = load_pair(PACKAGED / "teacher", PACKAGED / "teacher", CPU)
+    assert Loop(Settings(), swapped, load_task("addition", 128), CPU).evaluate()["accuracy"] > 0.99
+
+
+def test_the_untrained_student_shows_all_four_quadrants(pair):
+    row = Loop(Settings(batch=64), pair, load_task("addition", 1), CPU).step()
+    assert all(row[f"q{i}"] > 0.002 for i in (1, 2, 3, 4))
+    assert sum(row[f"q{i}"] for i in (1, 2, 3, 4)) == pytest.approx(1)
+
+
+def test_rollout_masks_hold_the_end_token_and_nothing_after_it(pair):
+    out = complete(pair, pair.student, ["864+394=", "100+100=", "999+999="], temperature=1.0)
+    end = pair.tokenizer.eos_token_id
+    for tokens, mask, ended in zip(out.completions, out.mask, out.ended, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and ended
+        assert tokens[length - 1] == end and end not in tokens[: length - 1]
+        assert (tokens[length:] == pair.pad_id).all()
+    assert torch.equal(out.attention[:, out.prompt_width :].bool(), out.mask)
+    short = complete(pair, pair.student, ["864+394="], max_new_tokens=5)
+    assert short.mask.sum() == 5 and not short.ended.any()
+
+
+@pytest.mark.parametrize("kind", ["packaged", "gpt2"])  # relative and absolute positions
+def test_left_padding_changes_neither_what_is_sampled_nor_the_hidden_states(kind, tmp_path):
+    folder = PACKAGED / "student" if kind == "packaged" else tiny(tmp_path, kind)
+    pair = load_pair(PACKAGED / "teacher", folder, CPU)
+    prompts = ["864+394=", "5", "12+34="]
+    together = complete(pair, pair.student, prompts, max_new_tokens=20)
+    states = train.response_states(pair.student, together)
+    assert states.isfinite().all()
+    for i, prompt in enumerate(prompts):
+        alone = complete(pair, pair.student, [prompt], max_new_tokens=20)
+        length = int(alone.mask.sum())
+        assert torch.equal(together.completions[i, :length], alone.completions[0, :length])
+        torch.testing.assert_close(states[i, :length], train.response_states(pair.student, alone)[0, :length])
+    tokens, attention = left_pad([[3, 4, 5], [6]], 0, CPU)
+    assert tokens.tolist() == [[3, 4, 5], [0, 0, 6]] and attention.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_the_cache_samples_what_whole_forwards_would(pair):
+    out = complete(pair, pair.student, ["864+394=", "271+828="])
+    logits = pair.student.model(input_ids=out.tokens, attention_mask=out.attention).logits
+    predicted = logits[:, out.prompt_width - 1 : -1].argmax(-1)
+    assert torch.equal(predicted[out.mask], out.completions[out.mask])
+    states = train.response_states(pair.student, out)
+    predicted = pair.student.model.get_output_embeddings()(states).argmax(-1)
+    assert torch.equal(predicted[out.mask], out.completions[out.mask])
+
+
+def tiny(folder, kind, vocab_size=24, **options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 15, "bos_token_id": None}
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(sizes | options))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((PACKAGED / "student" / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gemma2", {"head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 0.05}),
+        ("cohere", {"logit_scale": 0.5}),
+        ("granite", {"logits_scaling": 8.0, "num_key_value_heads": 2}),
+        ("phi", {}),  # a head with a bias
+        ("gpt2", {}),  # absolute positions, tied head
+    ],
+)
+def test_heads_with_softcap_scale_or_bias_are_taken_as_they_are(tmp_path, kind, options):
+    pair = load_pair(PACKAGED / "teacher", tiny(tmp_path, kind, **options), CPU)
+    loop = Loop(Settings(batch=2, max_new_tokens=4), pair, load_task("addition", 2), CPU)
+    row = loop.step()
+    assert row["kept"] == 2 and row["grad_norm"] > 0
+
+
+def test_a_head_that_head_cannot_describe_is_refused(tmp_path):
+    sizes = {"head_dim": 16, "num_key_value_heads": 1, "lm_head_multiplier": 0.1}
+    with pytest.raises(UsageError, match=r"argument --student: expected logits .*got FalconH1"):
+        load_pair(PACKAGED / "teacher", tiny(tmp_path, "falcon_h1", **sizes), CPU)
+
+
+def test_heads_padded_to_another_size_share_the_smaller_vocabulary(tmp_path):
+    pair = load_pair(PACKAGED / "teacher", tiny(tmp_path, "llama", vocab_size=32), CPU)
+    rollouts = complete(pair, pair.student, ["1+1="] * 64, temperature=9.0, vocab_size=pair.student.vocab_size)
+    assert rollouts.tokens.max() < 24
+    assert Loop(Settings(batch=2), pair, load_task("addition", 2), CPU).step()["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_takes_a_step_within_its_quota(pair, rule):
+    row = Loop(Settings(rule=rule, batch=8), pair, load_task("addition", 1), CPU).step()
+    assert row["kept"] <= (row["rows"] if rule == "all" else 0.2 * row["rows"])
+    assert row["grad_norm"] > 0
+
+
+def test_every_step_and_every_seed_sees_other_prompts_and_the_same_seed_the_same(pair):
+    def two_steps(seed):
+        loop = Loop(Settings(batch=4, seed=seed, lr=1e-12), pair, load_task("addition", 1), CPU)
+        return [loop.step()["kl_rev"] for _ in range(2)]
+
+    first, second, other = two_steps(0), two_steps(0), two_steps(1)
+    assert first == second and len({*first, *other}) == 4
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys"])
+def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, divergence, monkeypatch):
+    monkeypatch.setattr(train, "CLIP", 1e9)
+    loop = Loop(Settings(rule="all", divergence=divergence, batch=2, lr=1e-12), pair, load_task("addition", 1), CPU)
+    row = loop.step()
+    ours = [weight.grad.clone() for weight in loop.weights]
+    loop.counters.step = 0  # the same prompts and, the weights being where they were, the same rollouts
+    rollouts = loop._complete(
+        pair.encode(loop.task.draw(random.Random(loop._seed("prompts")), 2)), 1.0, loop._generator("rollouts")
+    )
+    own = {
+        side: getattr(pair, side).model(input_ids=rollouts.tokens, attention_mask=rollouts.attention).logits
+        for side in ("student", "teacher")
+    }
+    log_s, log_t = (
+        torch.log_softmax(logits[:, rollouts.prompt_width - 1 : -1][rollouts.mask].double(), -1)
+        for logits in own.values()
+    )
+    reverse, forward = (log_s.exp() * (log_s - log_t)).sum(-1), (log_t.exp() * (log_t - log_s)).sum(-1)
+    truth = {"reverse_kl": reverse, "forward_kl": forward, "jeffreys": reverse + forward}[divergence].mean()
+    loop.optimizer.zero_grad()
+    truth.backward()
+    assert row["loss"] == pytest.approx(truth.item(), rel=1e-4)
+    for got, weight in zip(ours, loop.weights, strict=True):
+        torch.testing.assert_close(got, weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_few_steps_on_a_fifth_of_the_tokens_raise_the_accuracy(pair):
+    loop = Loop(Settings(batch=64, steps=12, eval_every=12), pair, load_task("addition", 128), CPU)
+    start = loop.evaluate()["accuracy"]
+    loop.train(lambda row: True)
+    assert loop.counters.end_accuracy > start + 0.15
+    assert loop.counters.kept <= 0.2 * loop.counters.rows
+
+
+def test_a_step_that_keeps_nothing_is_skipped_and_counted(tmp_path, capsys):
+    same = ["--teacher", PACKAGED / "student", "--rule", "overconfident", "--steps", 3]
+    assert opd(*same, *SMALL, "--json", "--output", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["skipped_steps"] == result["steps"] == 3 and result["kept_share"] == 0
+    assert result["start_accuracy"] == result["end_accuracy"]
+    assert all(row["loss"] is None and row["grad_norm"] is None for row in log_of(tmp_path)[1:])
+    before, after = ((folder / "model.safetensors") for folder in (PACKAGED / "student", tmp_path / "student"))
+    from safetensors.torch import load_file
+
+    trained = load_file(after)
+    assert all(torch.equal(weight.float(), trained[name]) for name, weight in load_file(before).items())
+
+
+@pytest.mark.parametrize("rule", ["soft_or", "random"])
+def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path, rule):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert opd("--steps", 4, "--rule", rule, *SMALL, "--output", whole) == 0
+    assert opd("--steps", 2, "--rule", rule, *SMALL, "--output", broken) == 0
+    with (broken / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 9}\n{"step": 4, "lo')  # a crash after the checkpoint
+    assert opd("--resume", "--steps", 4, "--quiet", "--output", broken) == 0
+    name = "student/model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    moments = "checkpoint-000004/optimizer.safetensors"
+    assert (whole / moments).read_bytes() == (broken / moments).read_bytes()
+    assert without_seconds(log_of(whole)) == without_seconds(log_of(broken))
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, capsys, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert opd("--steps", 4, *SMALL, "--output", whole) == 0
+    learn = Loop._learn
+
+    def pressed(loop, loss):
+        if loop.counters.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return learn(loop, loss)
+
+    monkeypatch.setattr(Loop, "_learn", pressed)
+    assert opd("--steps", 4, *SMALL, "--output", broken) == 130
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1] == f"tip-kernels opd: interrupted after step 3 of 4; --resume --output {broken} goes on"
+    monkeypatch.undo()
+    load_pair(PACKAGED / "teacher", broken / "checkpoint-000003", CPU)
+    assert opd("--resume", "--quiet", "--output", broken) == 0
+    name = "student/model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_reasoning_gym_is_read_by_name_and_named_when_it_is_missing(monkeypatch):
+    class Sums(list):
+        def score_answer(self, answer, entry):
+            return float(answer == entry["answer"])
+
+    def create_dataset(name, size, seed):
+        if name != "sums":
+            raise ValueError(f"Dataset '{name}' not registered.")
+        return Sums({"question": f"{i}+1=", "answer": str(i + 1)} for i in range(10))
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
+    task = load_task("reasoning_gym:sums", 2)
+    right = str(int(task.held_out[0][0]) + 1)
+    assert task.judge(0, f"{right}\n", True) and not task.judge(0, right + "1", True)
+    with pytest.raises(UsageError, match=r"argument --task: expected a reasoning-gym data set, got 'reasoning_gym:no'"):
+        load_task("reasoning_gym:no", 2)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UsageError, match=r'needs reasoning-gym: pip install "tip-kernels\[tasks\]"'):
+        load_task("reasoning_gym:sums", 2)
+
+
+def test_the_output_folder_is_never_overwritten_unasked(tmp_path, capsys):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    assert opd("--steps", 1, *SMALL, "--output", run) == 0
+    (run / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert opd("--steps", 1, *SMALL, "--output", run) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--resume" in error and "--overwrite" in error
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert opd("--steps", 1, *SMALL, "--output", run, "--student", run / "student", "--overwrite") == 2
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert opd("--steps", 1, "--seed", 5, *SMALL, "--output", run, "--overwrite") == 0
+    assert (run / "notes.txt").read_text() == "mine"
+    assert json.loads((run / "run.json").read_text())["seed"] == 5
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    assert opd("--steps", 1, *SMALL, "--output", mine, "--overwrite") == 2
+    assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_json_is_the_last_line_and_the_table_comes_before_it(tmp_path, capsys):
+    arguments = [a for a in SMALL if a != "--quiet"]
+    assert opd("--steps", 2, *arguments, "--json", "--output", tmp_path) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    wanted = {"start_accuracy", "end_accuracy", "kept_share", "steps", "skipped_steps", "seconds", "peak_mib"}
+    assert wanted <= set(result) and result["steps"] == 2 and result["peak_mib"] > 10
+    assert result["kept_share"] == pytest.approx(0.19, abs=0.02)
+    assert re.search(r"accuracy\s+│\s+[\d.]+ % │\s+[\d.]+ %", out.split("{")[0])
+    assert re.search(
+        r"step 2/2  accuracy \S+ %  loss \S+  entropy \S+  kept \S+ %  Q1-4 \d+ \d+ \d+ \d+ %  grad \S+", err
+    )
+    assert json.loads((tmp_path / "summary.json").read_text()) == result
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {"loss", "entropy", "kept_share", "q1", "q2", "q3", "q4", "grad_norm", "rows", "seconds"} <= set(rows[1])
+
+
+def test_a_task_without_answers_is_judged_by_kl_alone(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{i}+{i}=\n" for i in range(100, 140)))
+    assert opd("--task", prompts, "--steps", 1, "--batch", 4, "--json", "--output", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["start_accuracy"] is None and result["end_accuracy"] is None and result["end_kl"] > 0
+    assert "accuracy" not in out.split("{")[0] and "KL(student || teacher)" in out
+
+
+BAD = {
+    "keep of zero": (["--keep", "0"], r"argument --keep: expected a fraction in \(0, 1\].*got '0'"),
+    "keep above one": (["--keep", "1.5"], r"argument --keep: expected .* got '1.5'"),
+    "keep of nan": (["--keep", "nan"], r"argument --keep: expected .* got 'nan'"),
+    "keep as a word": (["--keep", "half"], r"argument --keep: expected .* got 'half'"),
+    "unknown rule": (["--rule", "best"], r"argument --rule: invalid choice: 'best' \(choose from"),
+    "unknown divergence": (["--divergence", "kl"], r"argument --divergence: invalid choice: 'kl'"),
+    "no steps": (["--steps", "0"], r"argument --steps: expected a whole number of at least 1, got '0'"),
+    "half a batch": (["--batch", "1.5"], r"argument --batch: expected a whole number of at least 1, got '1.5'"),
+    "negative rate": (["--lr", "-1"], r"argument --lr: expected a finite number above 0, got '-1'"),
+    "infinite temperature": (["--temperature", "inf"], r"argument --temperature: expected a finite .* got 'inf'"),
+    "no such device": (["--device", "cuda:99"], r"argument --device: expected .* got 'cuda:99'"),
+    "no device at all": (["--device", "abacus"], r"argument --device: expected .* got 'abacus'"),
+    "missing teacher": (["--teacher", "nowhere"], r"argument --teacher: expected the folder .* got 'nowhere'"),
+    "a folder of no model": (["--student", str(Path(__file__).parent)], r"argument --student: expected a config.json"),
+    "missing task": (["--task", "nothing.txt"], r"argument --task: expected .* got 'nothing.txt'"),
+    "unknown option": (["--kep", "0.2"], r"unrecognized arguments: --kep 0.2"),
+    "too many held out": (["--eval-prompts", "5000"], r"argument --eval-prompts: expected at most 4096 .* got 5000"),
+    "beyond the positions": (["--max-new-tokens", "60"], r"argument --max-new-tokens: expected at most 56.* got 60"),
+    "nothing to resume": (["--resume"], r"argument --resume: expected the folder of an earlier run"),
+    "retrain with a rule": (["--retrain", "--rule", "all"], r"argument --retrain: expected no other option .* --rule"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert opd(*arguments, "--output", folder) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert re.search(message, err), err
+    assert not folder.exists()
+
+
+def test_checkpoints_of_different_vocabularies_are_refused(tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (PACKAGED / "teacher").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    swapped = (other / "tokenizer.json").read_text().replace('"a": 16', '"A": 16')
+    (other / "tokenizer.json").write_text(swapped)
+    assert opd("--teacher", other, "--output", tmp_path / "run") == 2
+    assert re.search(r"argument --teacher: expected the student's vocabulary .*got another", capsys.readouterr().err)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for path in (PACKAGED / "student").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert opd("--student", tmp_path, "--output", tmp_path / "run") == 2
+    assert re.search(r"argument --student: expected every weight .*lm_head.weight", capsys.readouterr().err)
+
+
+def test_prompts_that_the_vocabulary_cannot_write_are_refused_before_training(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1+1=\n2+2=\nWhat is 2+2?\n")
+    assert opd("--task", prompts, "--output", tmp_path / "run") == 2
+    assert (
+        "argument --task: expected prompts that the vocabulary can write, got 'What is 2+2?'" in capsys.readouterr().err
+    )
+
+
+def test_resuming_with_another_setting_is_refused(tmp_path, capsys):
+    assert opd("--steps", 1, *SMALL, "--output", tmp_path) == 0
+    assert opd("--resume", "--rule", "all", "--output", tmp_path) == 2
+    assert "argument --rule: expected 'soft_or', as the run to resume has it, got 'all'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["transformers", "rich"])
+def test_a_missing_extra_is_one_line_that_says_what_to_install(package, monkeypatch, capsys):
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    assert opd() == 2
+    assert capsys.readouterr().err == f'tip-kernels opd: error: needs {package}: pip install "tip-kernels[opd]"\n'
+
+
+def test_help_names_every_setting_and_unknown_commands_are_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        opd("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert command.main(["--help"]) == 0 and "opd" in capsys.readouterr().out
+    assert command.main(["teach"]) == 2 and command.main([]) == 2
+    assert "expected 'opd', got 'teach'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.environ.get("TIP_KERNELS_SLOW"), reason="the whole main job; TIP_KERNELS_SLOW=1 runs it")
+def test_the_main_job_takes_the_student_over_95_percent_in_three_minutes(tmp_path, capsys):
+    assert opd("--json", "--quiet", "--output", tmp_path / "run") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["start_accuracy"] < 0.6 and result["end_accuracy"] > 0.95
+    assert result["kept_share"] <= 0.5 and result["seconds"] < 180
