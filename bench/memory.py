@@ -1,6 +1,6 @@
-"""Peak memory of one distill step above its inputs and gradients, for each workspace: is `workspace_mib` a promise kept?
+"""Peak memory of one distill step above its inputs and gradients: is `workspace_mib` a promise kept?
 
-    python -m bench memory [--tokens N --hidden H --vocab V --keep r]
+python -m bench memory [--tokens N --hidden H --vocab V --keep r]
 """
 
 from __future__ import annotations
