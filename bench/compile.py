@@ -1,6 +1,6 @@
 """Compiles every kernel, every variant, for every target on a machine without a GPU, and reads what came out.
 
-    python -m bench compile [--targets sm_90 ...] [--only WORD] [--json FILE] [--save DIR]
+    python -m bench compile [--targets sm_90 ...] [--only VARIANT ...] [--json FILE] [--save DIR]
 
 The launchers of tip_kernels/kernels run on meta tensors against a driver that only compiles, so signatures, alignments
 and settings are those of real launches. For NVIDIA the machine code is read with the cuobjdump and nvdisasm of Triton's
@@ -260,12 +260,12 @@ def measure(kernel: str, variant: str, target: str, compiled: object, pair_bytes
     )
 
 
-def report(targets: list[str], only: str, save: Path | None = None) -> Iterator[Row]:
-    """Rows of every variant whose name contains `only`, each distinct kernel once."""
+def report(targets: list[str], only: list[str] | None = None, save: Path | None = None) -> Iterator[Row]:
+    """Rows of every variant, or those named in `only`; each distinct kernel once."""
     for target in targets:
         seen = set()
         for variant, (call, pair_bytes) in variants().items():
-            if only not in variant:
+            if only and variant not in only:
                 continue
             compiled: list[tuple[str, object]] = []
             with compile_only(target, compiled):
@@ -285,7 +285,7 @@ def main(argv: list[str]) -> int:
         return subprocess.run([sys.executable, "-m", "bench", "compile", *argv], env=environment).returncode
     parser = argparse.ArgumentParser(prog="python -m bench compile", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--save", type=Path, help="keep binaries and listings in this folder")
     args = parser.parse_args(argv)

@@ -37,9 +37,9 @@ REVERSE_KL = tl.constexpr(1)
 
 
 @triton.jit
-def forward_kl(g, w, l_s, p_s, p_t):
+def forward_kl(g, w, p_s, p_t):
     """KL(t || s): p_s - p_t"""
-    return tl.fma(w, p_s - tl.where(l_s > NEVER, p_t, 0.0), g)
+    return tl.fma(w, p_s - p_t, g)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def add_gradient(KIND: tl.constexpr, R: tl.constexpr, P: tl.constexpr, g, w, l_s
     """g + w times the gradient of one term: its kind, first row scalar rows[R] and weight numbers[P]."""
     w *= numbers[P]
     if KIND == FORWARD_KL:
-        return forward_kl(g, w, l_s, p_s, p_t)
+        return forward_kl(g, w, p_s, p_t)
     else:
         tl.static_assert(KIND == REVERSE_KL, "no such divergence")
         return reverse_kl(g, w, l_s, l_t, p_s, rows[R])
@@ -76,6 +76,7 @@ def _tile_gradient(raw_s, raw_t, s, t, w, rows, numbers, TERMS: tl.constexpr):
     y_t = capped(widen(raw_t), t.inner)
     l_s = tl.maximum(tl.fma(y_s, s.unit, -rows[0]) - rows[1], NEVER)
     l_t = tl.fma(y_t, t.unit, -rows[2]) - rows[3]
+    l_t = tl.where(l_s > NEVER, l_t, NEVER)  # what the student bans counts as banned in both: no gradient
     p_s = tl.exp2(l_s)
     p_t = tl.exp2(l_t)
     g = tl.zeros_like(p_s)

@@ -1,0 +1,507 @@
+"""The Triton kernels against float64, under the interpreter where there is no GPU, and compiled where there is no GPU.
+
+What the interpreter cannot show (kernels.md 4): races, fused multiply-adds, the error of ex2, rounding to bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, ordinary
+from torch import Tensor
+
+import reference as ref
+from reference import divergences
+from tip_kernels.kernels.row_grad import CHUNK, Term, row_grad
+from tip_kernels.kernels.row_stats import PART, finish, fold_tile, new_state, row_stats
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLE = Path(__file__).parents[1] / "bench" / "results" / "compile.json"
+
+
+@pytest.fixture(autouse=True)
+def _ieee_arithmetic():
+    """The interpreter is numpy, which warns of the infinities and NaN that these tests are about."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def measured(z_s: Tensor, z_t: Tensor | None = None, **settings) -> dict[str, Tensor]:
+    """row_stats on the device of the tests; results on the CPU."""
+    settings = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in settings.items()}
+    stats = row_stats(z_s.to(DEVICE), None if z_t is None else z_t.to(DEVICE), **settings)
+    return {name: value.cpu() for name, value in stats.items()}
+
+
+def hold(stats: dict[str, Tensor], z_s: Tensor, z_t: Tensor | None = None, transform=lambda z: z) -> None:
+    """Holds every field to the three-way bound; `transform` takes logits of any dtype to the z of R1."""
+    margins = "margin_s" in stats
+    truth, eager = (
+        ref.token_stats(transform(z_s.to(dtype)), None if z_t is None else transform(z_t.to(dtype)), margins=margins)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for name, value in truth.items():
+        if value is None:
+            continue
+        if value.dtype == torch.bool:
+            assert torch.equal(stats[name], value), f"{name}: {stats[name]} instead of {value}"
+        else:
+            # Eager's worst over a few rows is a matter of luck, so four steps of the largest value always pass.
+            finite = value[value.isfinite()].abs()
+            floor = max(STATISTIC_FLOOR, 4 * ULP * finite.max().item()) if finite.numel() else STATISTIC_FLOOR
+            no_worse(stats[name], eager[name], value, name, floor)
+    for model in "st" if z_t is not None else "s":
+        assert torch.equal(
+            (stats[f"shift_{model}"] + stats[f"logsum_{model}"]).nan_to_num(), stats[f"lse_{model}"].nan_to_num()
+        )
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].nan_to_num(nan=7e33), b[name].nan_to_num(nan=7e33)), name
+
+
+# ---- measure
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_row_stats_is_no_worse_than_eager_fp32(name):
+    z_s, z_t = PAIRS[name](4, 1500)  # a block read by lanes, a ragged tail
+    hold(measured(z_s, z_t, margins=True), z_s, z_t)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 127, 1000, 1024, PART, PART + 1])
+def test_row_stats_takes_any_vocabulary(vocab):
+    z_s, z_t = ordinary(2, vocab)
+    z_s, z_t = z_s - 120, z_t + 120  # a merge seeded with shift 0 would lose the student
+    hold(measured(z_s, z_t, margins=True), z_s, z_t)
+
+
+@pytest.mark.parametrize("vocab", [32_001, 152_064])
+def test_row_stats_of_a_large_vocabulary(vocab):
+    z_s, z_t = ordinary(1, vocab)
+    z_t[0, vocab - 1] = 25.0
+    hold(measured(z_s, z_t), z_s, z_t)
+
+
+def test_row_stats_does_not_count_padding():
+    """A masked column read as logit 0 would outweigh logits near -8 by 3000 to 1."""
+    z_s, z_t = (0.1 * z - 8.0 for z in ordinary(2, 1100))
+    hold(measured(z_s, z_t, margins=True), z_s, z_t)
+
+
+def test_row_stats_finds_what_rises_far_above_the_first_columns():
+    """The lanes' shift comes from a part's first columns; beyond 22 nats above it the part is folded again."""
+    z_s, z_t = ordinary(6, 3000)
+    for row, height in enumerate((5, 15, 21, 24, 80, 200)):
+        z_s[row, 2000] += height
+        z_t[row, 2001] += height
+    stats = measured(z_s, z_t, margins=True)
+    hold(stats, z_s, z_t)
+    # a moment of one term e u, u up to 16, rounded once
+    assert (stats["entropy_s"] - ref.token_stats(z_s.double())["entropy_s"]).abs().max() < 1.39 * 16 * ULP / 2
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")], ids="/".join
+)
+def test_row_stats_reads_each_dtype_exactly(dtypes):
+    z_s, z_t = (z.to(getattr(torch, dtype)) for z, dtype in zip(ordinary(2, 1300), dtypes, strict=True))
+    hold(measured(z_s, z_t, margins=True), z_s, z_t)
+    same_bits(measured(z_s, z_t), measured(z_s.float(), z_t.float()))
+
+
+def test_row_stats_of_the_student_alone():
+    z_s, z_t = ordinary(3, 2500)
+    alone, paired = measured(z_s, margins=True), measured(z_s, z_t, margins=True)
+    hold(alone, z_s)
+    same_bits(alone, {name: paired[name] for name in alone})
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_row_stats_applies_scale_softcap_and_temperature(softcap, per_row):
+    z_s, z_t = (4 * z for z in ordinary(3, 1300))
+    temperature = torch.tensor([0.5, 1.0, 3.0]) if per_row else 1.7
+    stats = measured(
+        z_s, z_t, margins=True, temperature=temperature, scale_s=0.6, scale_t=0.6, softcap_s=softcap, softcap_t=softcap
+    )
+
+    def transform(z: Tensor) -> Tensor:
+        z = 0.6 * z if softcap is None else softcap * torch.tanh(0.6 * z / softcap)
+        return z / (temperature.to(z.dtype)[:, None] if per_row else temperature)
+
+    hold(stats, z_s, z_t, transform)
+
+
+def test_row_stats_takes_another_scale_and_softcap_for_each_model():
+    z_s, z_t = ordinary(2, 1300)
+    stats = measured(z_s, z_t, scale_s=0.5, softcap_t=5.0)
+    hold(stats, 0.5 * z_s.double(), 5 * torch.tanh(z_t.double() / 5))
+
+
+def test_row_stats_of_strided_rows_has_the_bits_of_contiguous_ones():
+    z_s, z_t = ordinary(3, 1300)
+    wide_s, wide_t = torch.full((6, 1303), NAN), torch.full((3, 2000), NAN)
+    wide_s[::2, 3:], wide_t[:, :1300] = z_s, z_t
+    same_bits(measured(wide_s[::2, 3:], wide_t[:, :1300]), measured(z_s, z_t))
+
+
+def test_row_stats_margins_and_agreement_take_ties_in_order():
+    z_s, z_t = (torch.zeros(4, PART + 60) - 1 for _ in range(2))
+    z_s[0, [5, PART + 50]] = 3.0  # a tie across parts
+    z_t[0, 5] = 2.0
+    z_s[1, [300, 40]] = 3.0  # a tie across tiles: 40 wins
+    z_t[1, 300] = 2.0
+    z_s[2, -1] = z_t[2, -1] = 1.0
+    z_s[3], z_t[3, 1:] = -INF, -INF  # no finite logit; one
+    stats = measured(z_s, z_t, margins=True)
+    hold(stats, z_s, z_t)
+    assert stats["agree"].tolist() == [True, False, True, False]
+    assert stats["margin_s"][:3].tolist() == [0.0, 0.0, 2.0] and stats["margin_t"][3] == INF
+
+
+def test_row_stats_makes_broken_rows_nan_and_leaves_their_neighbours():
+    z_s, z_t = ordinary(7, 1100)
+    clean = measured(z_s, z_t, margins=True)
+    z_s[0, 1099], z_s[2, 3], z_t[4, 700], z_s[5] = NAN, INF, NAN, -INF
+    z_t[2, 7] = -INF  # a ban as well: NaN wins
+    stats = measured(z_s, z_t, margins=True)
+    hold(stats, z_s, z_t)
+    for row in (1, 3, 6):
+        same_bits({k: v[row] for k, v in stats.items()}, {k: v[row] for k, v in clean.items()})
+
+
+def test_row_stats_takes_the_lowest_number_of_a_dtype_for_a_ban():
+    """Masks are often filled with finfo.min; 3e38 times a probability would be a finite, absurd divergence."""
+    z_s, z_t = ordinary(3, 1500)
+    z_s[0, 5] = z_t[1, 6] = z_s[2, 7] = z_t[2, 7] = torch.finfo(torch.float32).min
+    z_t[0, 5] = -300.0  # of a probability that underflows
+    stats = measured(z_s, z_t)
+    assert stats["kl_fwd"].isinf().tolist() == [True, False, False]
+    assert stats["kl_rev"].isinf().tolist() == [False, True, False]
+    hold(stats, *(z.masked_fill(z < -1e38, -INF) for z in (z_s, z_t)))
+
+
+def test_row_stats_row_ignores_the_number_of_rows_and_its_neighbours():
+    z_s, z_t = ordinary(5, 1100)
+    together = measured(z_s, z_t, margins=True)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    same_bits({k: v[order] for k, v in together.items()}, measured(z_s[order], z_t[order], margins=True))
+    for row in range(2):
+        alone = measured(z_s[row : row + 1], z_t[row : row + 1], margins=True)
+        same_bits({k: v[row : row + 1] for k, v in together.items()}, alone)
+
+
+def test_tiles_of_a_vocabulary_have_the_bits_of_whole_rows():
+    z_s, z_t = ordinary(2, 2 * PART + 300)
+    z_t[1, PART + 5] = 60.0
+    state = new_state(2, z_s.shape[1], DEVICE, margins=True, temperature=1.3, scale_t=0.5)
+    for first, last in ((PART, 2 * PART), (2 * PART, None), (0, PART)):  # any order
+        fold_tile(state, z_s[:, first:last].contiguous().to(DEVICE), z_t[:, first:last].to(DEVICE), first)
+    tiled = {name: value.cpu() for name, value in finish(state).items()}
+    same_bits(tiled, measured(z_s, z_t, margins=True, temperature=1.3, scale_t=0.5))
+
+
+def test_no_rows_and_one_row_are_legal():
+    for n_rows in (0, 1):
+        z_s, z_t = ordinary(n_rows, 300)
+        stats = measured(z_s, z_t, margins=True)
+        assert all(value.shape == (n_rows,) for value in stats.values())
+        hold(stats, z_s, z_t)
+
+
+def test_row_stats_reads_nothing_that_it_did_not_write():
+    z_s, z_t = ordinary(2, PART + 100)
+    torch.use_deterministic_algorithms(True)  # fills fresh allocations with NaN
+    try:
+        stats = measured(z_s, z_t, margins=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    hold(stats, z_s, z_t)
+
+
+# ---- learn
+
+KL_FAMILY = {
+    "forward_kl": (divergences.forward_kl, ["forward_kl"]),
+    "reverse_kl": (divergences.reverse_kl, ["reverse_kl"]),
+    "jeffreys": (divergences.jeffreys, ["forward_kl", "reverse_kl"]),
+}
+
+
+def learned(z_s: Tensor, z_t: Tensor, upstream: Tensor, names: list[str], stats=None, **options) -> Tensor:
+    """row_grad on the device of the tests from fresh statistics of the same rows; results on the CPU."""
+    options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
+    maps = {k: v for k, v in options.items() if k.startswith(("scale", "softcap", "temperature"))}
+    z_s, z_t = z_s.to(DEVICE), z_t.to(DEVICE)
+    stats = row_stats(z_s, z_t, **maps) if stats is None else stats
+    terms = [Term(1.0, name, (), stats) for name in names]
+    return row_grad(z_s, z_t, upstream.to(DEVICE), stats, terms, **options).cpu()
+
+
+def true_gradient(
+    value, z_s: Tensor, z_t: Tensor, upstream: Tensor, dtype: torch.dtype, transform=lambda z: z
+) -> Tensor:
+    z_s = z_s.to(dtype).requires_grad_()
+    (value(transform(z_s), transform(z_t.to(dtype))) * upstream.to(dtype)).sum().backward()
+    return z_s.grad
+
+
+@pytest.mark.parametrize("pair", ["flat", "ordinary", "peaked", "near_equal", "shifted_apart", "banned_in_both"])
+@pytest.mark.parametrize("name", KL_FAMILY)
+def test_gradient_is_that_of_float64_autograd(name, pair):
+    z_s, z_t = PAIRS[pair](3, 1500)
+    value, names = KL_FAMILY[name]
+    upstream = torch.tensor([1.0, -0.5, 2.0])
+    truth, eager = (true_gradient(value, z_s, z_t, upstream, dtype) for dtype in (torch.float64, torch.float32))
+    largest = max(z[z.isfinite()].abs().max().item() for z in (z_s, z_t))
+    ours = learned(z_s, z_t, upstream, names)
+    check_gradient(ours, eager, truth, name, largest_logit=largest, row_weight=2.0)
+    assert (ours[z_s == -INF] == 0).all()
+
+
+@pytest.mark.parametrize(("pair", "name"), [("banned_in_student", "reverse_kl"), ("banned_in_teacher", "forward_kl")])
+def test_gradient_of_a_one_sided_ban_is_finite_where_the_divergence_is(pair, name):
+    z_s, z_t = PAIRS[pair](4, 1500)
+    value, names = KL_FAMILY[name]
+    truth, eager = (true_gradient(value, z_s, z_t, torch.ones(4), dtype) for dtype in (torch.float64, torch.float32))
+    ours = learned(z_s, z_t, torch.ones(4), names)
+    check_gradient(ours, eager, truth, name, largest_logit=80, row_weight=1.0)
+    assert (ours[z_s == -INF] == 0).all()
+
+
+def test_gradient_of_an_infinite_or_broken_row_is_zero():
+    z_s, z_t = ordinary(4, 1500)
+    z_t[1, 3], z_s[2, 5], z_s[3, 6] = -INF, NAN, -INF
+    ours = learned(z_s, z_t, torch.ones(4), ["reverse_kl"])
+    assert ours.isfinite().all() and [row.any().item() for row in ours] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_gradient_goes_through_scale_softcap_and_row_temperature(softcap):
+    z_s, z_t = ordinary(3, 1300)
+    temperature = torch.tensor([0.7, 1.0, 2.0])
+
+    def transform(z: Tensor) -> Tensor:
+        z = 0.8 * z if softcap is None else softcap * torch.tanh(0.8 * z / softcap)
+        return z / temperature.to(z.dtype)[:, None]
+
+    options = {"scale_s": 0.8, "scale_t": 0.8, "softcap_s": softcap, "softcap_t": softcap, "temperature": temperature}
+    ours = learned(z_s, z_t, torch.ones(3), ["forward_kl", "reverse_kl"], **options)
+    truth, eager = (
+        true_gradient(divergences.jeffreys, z_s, z_t, torch.ones(3), dtype, transform)
+        for dtype in (torch.float64, torch.float32)
+    )
+    check_gradient(ours, eager, truth, "jeffreys", largest_logit=12, row_weight=1.0)
+
+
+def test_compact_scattered_inplace_and_tiled_gradients_have_the_same_bits():
+    z_s, z_t = (z.half() for z in ordinary(5, CHUNK + 1030))
+    stats = {name: value.to(DEVICE) for name, value in measured(z_s, z_t).items()}
+    ids = torch.tensor([4, 0, 3])
+    kept = {name: value[ids.to(DEVICE)] for name, value in stats.items()}
+    upstream = torch.tensor([1.0, 0.0, 0.3])
+    names = ["forward_kl", "reverse_kl"]
+    compact = learned(z_s, z_t, upstream, names, kept, row_ids=ids)
+    assert compact.shape == (3, z_s.shape[1]) and compact.dtype == torch.float16
+    assert (compact[1] == 0).all() and compact[0].any()
+
+    # rows that are not kept stay as they are
+    scattered = learned(z_s, z_t, upstream, names, kept, row_ids=ids, out=torch.full_like(z_s, 7), scatter=True)
+    assert torch.equal(scattered[ids], compact) and (scattered[[1, 2]] == 7).all()
+
+    inplace = z_s.clone().to(DEVICE)
+    row_grad(
+        inplace, z_t.to(DEVICE), upstream.to(DEVICE), kept, [Term(1.0, name, (), kept) for name in names],
+        row_ids=ids.to(DEVICE), out=inplace, scatter=True,
+    )  # fmt: skip
+    assert torch.equal(inplace.cpu()[ids], compact) and torch.equal(inplace.cpu()[[1, 2]], z_s[[1, 2]])
+
+    # the whole (N, V) gradient: weight 0 writes zeros, here over NaN
+    every = torch.zeros(5).index_copy_(0, ids, upstream)
+    whole = learned(z_s, z_t, every, names, stats, out=torch.full_like(z_s, NAN))
+    assert torch.equal(whole[ids], compact) and (whole[[0, 1, 2]] == 0).all()
+
+    # a tile of fp32 logits into fp32, which rounds to nearest as the others did
+    columns = slice(700, 1900)
+    tile = learned(
+        z_s[ids, columns].float(), z_t[ids, columns].float(), upstream, names, kept, out=torch.empty(3, 1200)
+    )
+    assert torch.equal(tile.half(), compact[:, columns])
+
+
+def test_gradient_of_weight_zero_is_zero_whatever_the_logits_hold():
+    z_s, z_t = ordinary(3, 1300)
+    z_s[1], z_t[2, 5] = NAN, INF
+    ours = learned(z_s, z_t, torch.tensor([1.0, 0.0, 0.0]), ["forward_kl"], out=torch.full_like(z_s, NAN))
+    assert (ours[1:] == 0).all() and ours[0].isfinite().all()
+
+
+def test_gradient_leaves_empty_slots_alone():
+    z_s, z_t = ordinary(3, 1300)
+    stats = row_stats(z_s.to(DEVICE), z_t.to(DEVICE))
+    ids = torch.tensor([2, -1, -1])
+    compact = learned(z_s, z_t, torch.ones(3), ["forward_kl"], stats, row_ids=ids, out=torch.full_like(z_s, NAN))
+    assert (compact[1:] == 0).all() and compact[0].any()
+    scattered = learned(
+        z_s, z_t, torch.ones(3), ["forward_kl"], stats, row_ids=ids, out=torch.full_like(z_s, 7), scatter=True
+    )
+    assert (scattered[:2] == 7).all() and torch.equal(scattered[2], compact[0])
+
+
+def test_gradient_of_no_slots_is_empty():
+    z_s, z_t = ordinary(2, 300)
+    stats = {name: value[:0] for name, value in row_stats(z_s.to(DEVICE), z_t.to(DEVICE)).items()}
+    out = learned(z_s, z_t, torch.ones(0), ["reverse_kl"], stats, row_ids=torch.ones(0, dtype=torch.int64))
+    assert out.shape == (0, 300)
+
+
+def test_gradient_needs_no_grid_of_the_shift():
+    """Any shift and log of the sum with the same lse will do, such as those of another backend."""
+    z_s, z_t = ordinary(2, 1300)
+    upstream, stats = torch.ones(2), measured(z_s, z_t)
+    ours = learned(z_s, z_t, upstream, ["forward_kl"])
+    moved = dict(stats)
+    for model in "st":
+        moved[f"shift_{model}"] = stats[f"shift_{model}"] - 0.137
+        moved[f"logsum_{model}"] = stats[f"logsum_{model}"] + 0.137
+    moved = {name: value.to(DEVICE) for name, value in moved.items()}
+    assert torch.allclose(learned(z_s, z_t, upstream, ["forward_kl"], moved), ours, rtol=1e-5, atol=1e-9)
+
+
+# ---- far rows, bad input
+
+FAR = """
+import numpy, torch
+numpy.seterr(all="ignore")
+from tip_kernels.kernels.row_grad import Term, row_grad
+from tip_kernels.kernels.row_stats import row_stats
+device = "cuda" if torch.cuda.is_available() else "cpu"
+rows, vocab, stride = 3, 1300, 2**30 + 8
+near_s, near_t = (torch.linspace(-5, 5, rows * vocab).sin().mul(m).view(rows, vocab).half().to(device) for m in (3, 5))
+far_s, far_t = (torch.empty(2 * stride + vocab, dtype=torch.float16, device=device) for _ in range(2))
+far_s, far_t = (x.as_strided((rows, vocab), (stride, 1)) for x in (far_s, far_t))
+far_s.copy_(near_s), far_t.copy_(near_t)
+near, far = row_stats(near_s, near_t), row_stats(far_s, far_t)
+assert all(torch.equal(near[name], far[name]) for name in near)
+up, ids = torch.ones(rows, device=device), torch.arange(rows, device=device)
+ours = row_grad(near_s, near_t, up, near, [Term(1.0, "reverse_kl", (), near)])
+row_grad(far_s, far_t, up, far, [Term(1.0, "reverse_kl", (), far)], row_ids=ids, out=far_s, scatter=True)
+assert torch.equal(far_s, ours)
+print("far rows agree")
+"""
+
+
+def test_rows_past_two_to_the_31_elements_are_read_and_written():
+    """In a process of its own: an offset in int32 would be a crash. The pages between the rows are never touched."""
+    run = subprocess.run([sys.executable, "-c", FAR], capture_output=True, text=True, cwd=TABLE.parents[2])
+    assert "far rows agree" in run.stdout, run.stderr[-2000:]
+
+
+def test_bad_input_is_named():
+    z_s, z_t = (z.to(DEVICE) for z in ordinary(2, 300))
+    stats = row_stats(z_s, z_t)
+    terms, up = [Term(1.0, "forward_kl")], torch.ones(2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"logits_t must have shape \(2, 300\), got \(2, 299\)"):
+        row_stats(z_s, z_t[:, :299])
+    with pytest.raises(ValueError, match="logits_s must have unit stride"):
+        row_stats(z_s.t().contiguous().t(), z_t)
+    with pytest.raises(ValueError, match="temperature must be"):
+        row_stats(z_s, z_t, temperature=torch.ones(3))
+    with pytest.raises(ValueError, match="vocab must be"):
+        row_stats(z_s[:, :0])
+    state = new_state(2, 300, DEVICE)
+    with pytest.raises(ValueError, match="column and width must cut"):
+        fold_tile(state, z_s[:, 100:], z_t[:, 100:], 100)
+    with pytest.raises(ValueError, match="logits_t must be a tensor"):
+        fold_tile(state, z_s)
+    with pytest.raises(ValueError, match="row_ids must be given"):
+        row_grad(z_s, z_t, up[:1], stats, terms)
+    with pytest.raises(ValueError, match=r"out must have shape \(2, 300\)"):
+        row_grad(z_s, z_t, up, stats, terms, out=z_s[:, :5])
+
+
+# ---- compiled without a GPU
+
+
+def compiled_rows(tmp_path: Path, targets: list[str], variants: list[str]) -> list[dict]:
+    triton = pytest.importorskip("triton")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not all((tools / name).exists() for name in ("ptxas", "cuobjdump", "nvdisasm")):
+        pytest.skip("this Triton comes without ptxas, cuobjdump and nvdisasm")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    file = tmp_path / "rows.json"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "compile",
+        "--json",
+        str(file),
+        "--targets",
+        *targets,
+        "--only",
+        *variants,
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TABLE.parents[2])
+    assert file.exists(), run.stderr[-2000:]
+    return json.loads(file.read_text())
+
+
+def key(row: dict) -> tuple[str, str, str]:
+    return row["kernel"], row["variant"], row["target"]
+
+
+def test_committed_table_has_no_spill_and_meets_the_targets():
+    rows = {key(row): row for row in json.loads(TABLE.read_text())}
+    assert {target for _, _, target in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert not [key(row) for row in rows.values() if row["spill_bytes"] or row["stack_bytes"]]
+    assert not [k for k, row in rows.items() if row["load_bits"] not in (None, 128) and "odd" not in k[1]]
+    assert rows["fold_kernel", "pair bf16", "sm_90"]["instr_per_pair"] <= 24
+    assert rows["fold_kernel", "pair bf16 margins", "sm_90"]["instr_per_pair"] <= 31
+    assert rows["grad_kernel", "jeffreys bf16", "sm_90"]["instr_per_pair"] <= 19
+
+
+def test_compiled_kernels_do_not_regress(tmp_path):
+    committed = {key(row): row for row in json.loads(TABLE.read_text())}
+    rows = compiled_rows(tmp_path, ["sm_90", "sm_100", "gfx942"], ["pair bf16", "jeffreys bf16"])
+    assert len(rows) == 9
+    for row in rows:
+        was = committed[key(row)]
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        assert row["load_bits"] == was["load_bits"], row
+        assert row["registers"] <= was["registers"] + 16, (row, was)
+        if row["instr_per_pair"] is not None:
+            assert row["instr_per_pair"] <= 1.05 * was["instr_per_pair"], (row, was)
+
+
+COUNT = """
+import torch
+from bench.compile import compile_only
+from tip_kernels.kernels.row_stats import row_stats
+compiled = []
+with compile_only("sm_90", compiled):
+    for rows, vocab, tau in ((8, 4096, 1.0), (1, 4096, 0.7), (512, 32000, 2.0), (3, 1001, 1.0), (16, 50257, 1.5)):
+        logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
+        row_stats(logits, logits, temperature=tau)
+for name in ("fold_kernel", "finish_kernel"):
+    print(name, len({kernel.hash for kernel_name, kernel in compiled if kernel_name == name}))
+"""
+
+
+def test_sizes_and_temperatures_do_not_recompile():
+    """One compilation for rows that start at multiples of 16 bytes, one for all others."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, cwd=TABLE.parents[2]
+    )
+    assert run.stdout.split("\n")[:2] == ["fold_kernel 2", "finish_kernel 1"], run.stdout + run.stderr[-2000:]
