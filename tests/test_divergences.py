@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_values_are_finite_exactly_where_the_mathematics_is():
         "reverse": [False, True, False, True],
         "renyi .3": [False, False, False, True],
         "renyi 2": [True, False, False, True],
-        **dict.fromkeys(("jeffreys", "todi", "todi 0", "todi 3", "sum"), [True, True, False, True]),
+        **{key: [True, True, False, True] for key in ("jeffreys", "todi", "todi 0", "todi 3", "sum")},
     }
     for name, (ours, _) in FAMILY.items():
         loss, grad = loss_and_gradient(s, t, ours)
@@ -360,9 +361,9 @@ def test_sampled_reverse_kl_is_on_average_the_reverse_kl_with_its_gradient():
 
 def test_sampled_reverse_kl_without_labels_is_refused():
     s, t = ordinary(3, 50)
-    with pytest.raises(ValueError, match="^stats: expected token_stats.*labels.*SampledReverseKL"):
+    with pytest.raises(ValueError, match=r"^stats: expected token_stats.*labels.*SampledReverseKL"):
         tip.divergence_loss(s, t, divergence=tip.SampledReverseKL())
-    with pytest.raises(ValueError, match="^labels: expected .*SampledReverseKL"):
+    with pytest.raises(ValueError, match=r"^labels: expected .*SampledReverseKL"):
         tip.distill(s, t, divergence=tip.SampledReverseKL())
 
 
@@ -388,11 +389,9 @@ def test_todi_has_the_value_of_jeffreys_at_one_and_half_of_it_at_zero(case):
     same(tip.ToDi(0.0), tip.Jeffreys(), s, t, factor=0.5)
 
 
-@every_case
+@pytest.mark.parametrize("case", ["ordinary", "far", "disjoint_modes", "banned_in_both"])
 def test_todi_in_the_limit_of_large_beta_takes_the_larger_of_both_terms_of_each_token(case):
     s, t = CASES[case](8, 300)
-    if case in ("flat", "near_equal"):
-        pytest.skip("log-ratios are too small for this beta")
     logp_s, logp_t = (ref.log_probs(z.double()) for z in (s, t))
     d = torch.where(s.isneginf(), 0.0, logp_t - logp_s)
     expected = torch.where(d > 0, logp_t.exp() * d, -logp_s.exp() * d).sum(1)
@@ -448,7 +447,7 @@ def test_bounded_divergences_bound_each_other(case):
     s, t = CASES[case](8, 700)
     h2, jsd, tvd = (loss_and_gradient(s, t, d)[0].double() for d in (tip.HellingerSq(), tip.JSD(), tip.TVD()))
     chain = [math.log(2) * h2, jsd, h2, tvd, (h2 * (2 - h2)).sqrt(), torch.ones_like(h2)]
-    for i, (low, high) in enumerate(zip(chain, chain[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(chain)):
         assert (low <= high + 1e-6).all(), i
     assert (jsd <= math.log(2) + 1e-6).all()
 
@@ -478,7 +477,7 @@ def test_renyi_has_the_gradient_of_taid(alpha, case):
 def test_renyi_does_not_fall_as_alpha_grows(case):
     s, t = CASES[case](8, 700)
     values = [loss_and_gradient(s, t, tip.Renyi(alpha))[0] for alpha in (0.1, 0.5, 0.9, 1, 1.5)]
-    for low, high in zip(values, values[1:], strict=False):
+    for low, high in pairwise(values):
         assert (low <= high * (1 + 1e-5) + 2e-6).all()
 
 
@@ -515,7 +514,7 @@ def test_a_bad_divergence_is_refused_when_it_is_made(make, argument):
 def test_a_clipped_divergence_is_no_part_of_another():
     clipped = tip.ForwardKL().clipped(3.0)
     for make in (lambda: clipped + tip.TVD(), lambda: tip.TVD() + clipped, lambda: 2.0 * clipped):
-        with pytest.raises(ValueError, match="^divergence: a clipped divergence cannot"):
+        with pytest.raises(ValueError, match=r"^divergence: a clipped divergence .*cannot"):
             make()
     with pytest.raises(TypeError):
         tip.TVD() + 3.0
