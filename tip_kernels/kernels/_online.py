@@ -30,8 +30,8 @@ C_TAIL = tl.constexpr(-3.8093086e-09)  # ... and what the rounding left
 # Shifts lie on a grid of 1/64: fine enough that two close rows get close shifts, coarse enough that c k in nats, once
 # rounded to fp32, still determines k.
 GRID = tl.constexpr(64.0)
-# Largest mass that lanes may hold over a fixed shift before the moments lose digits: u up to 16, or 22 nats.
-GUARD = tl.constexpr(2.0**32)
+# A mass above this over a fixed shift costs moments their digits: u up to 6, or 8 nats.
+GUARD = tl.constexpr(2.0**12)
 NOWHERE = tl.constexpr(2**24)  # a column that no row has
 
 
@@ -189,10 +189,10 @@ def top_of_lanes(top, lane):
 def close_one(lanes):
     """(a model's lanes as scalars, whether they are exact).
 
-    They are not where the mass left (0, GUARD] or the moment is NaN; -inf, +inf and NaN among the logits all cause it.
+    They are not where one of them overflowed or the moment is NaN; -inf, +inf and NaN among the logits all cause it.
     """
     one = One(lanes.shift, tl.sum(lanes.mass), tl.sum(lanes.moment))
-    return one, (one.mass > 0.0) & (one.mass <= GUARD) & (one.moment == one.moment)
+    return one, (one.mass > 0.0) & (one.mass < float("inf")) & (tl.abs(one.moment) < float("inf"))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ writes the statistics (formulas: `_online.py`). PART, TILE and the order of ever
 on nothing but its logits and settings: not on N, its neighbours, the run, or whether the logits came whole or as tiles.
 
 A part is read with per-lane sums and a shift taken from its first columns (`_part_lanes`); that needs no maximum in
-the loop. Where this cannot be exact (a banned token, NaN, +inf, a logit 22 nats above the shift, the ragged end) the
-columns are folded again tile by tile with everything checked (`_part_tiles`).
+the loop. A part that rises far above its first columns is read once more over a better shift. Where lanes cannot be
+exact (a banned token, NaN, +inf, the ragged end), tiles are folded one by one with everything checked (`_part_tiles`).
 
 Rows whose stride is no multiple of 16 bytes are read element by element: correct, but below the memory's rate. (Peeling
 the start of such rows would make a row's bits depend on its position.)
@@ -26,6 +26,7 @@ from torch import Tensor
 from ._launch import row_alignment, softcap_factors, target, warp
 from ._online import (
     FLOOR,
+    GUARD,
     Lanes,
     Model,
     One,
@@ -73,30 +74,25 @@ def read_tiles(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _open_lanes(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
-    """(empty lanes with the shift that the first TILES tiles ask for, whether those hold anything finite)."""
+def _first_shift(model, column, lane, TILE: tl.constexpr, TILES: tl.constexpr):
+    """(the shift that the first TILES tiles ask for, whether those hold anything finite)."""
     raw = read_tiles(model, column, lane, TILE, TILES)
     most = tl.maximum(widen(raw[0]), FLOOR)
     for j in tl.static_range(1, TILES):
         most = tl.maximum(most, widen(raw[j]))
     most = tl.max(most)
-    zero = tl.zeros([TILE], tl.float32)
-    return One(grid_ceil(capped(most, model.inner) * model.unit), zero, zero), most > FLOOR
+    return grid_ceil(capped(most, model.inner) * model.unit), most > FLOOR
 
 
 @triton.jit
-def _part_lanes(s, t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """State of [begin, end), a whole number of TILES tiles and at least one, and whether it is exact."""
+def _lanes(s, t, k_s, k_t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """State of [begin, end), a whole number of TILES tiles, over the given shifts, and whether it is exact."""
     lane = tl.arange(0, TILE)
     zero = tl.zeros([TILE], tl.float32)
-    one_s, some = _open_lanes(s, begin, lane, TILE, TILES)
-    one_t, pair = one_s, Lanes(zero, zero, zero, zero)
+    one_s, one_t, pair = One(k_s, zero, zero), One(k_t, zero, zero), Lanes(zero, zero, zero, zero)
     top_s = Top(zero + FLOOR, zero + FLOOR, lane)
     top_t = top_s
-    if t.row is not None:
-        one_t, some_t = _open_lanes(t, begin, lane, TILE, TILES)
-        some = some & some_t
-    for column in range(begin, tl.where(some, end, begin), TILE * TILES):
+    for column in range(begin, end, TILE * TILES):
         raw_s = read_tiles(s, column, lane, TILE, TILES)
         raw_t = raw_s
         if t.row is not None:
@@ -118,6 +114,29 @@ def _part_lanes(s, t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TIL
     if t.row is not None:
         exact = exact & exact_t & exact_pair
     return one_s, one_t, pair, top_of_lanes(top_s, lane), top_of_lanes(top_t, lane), exact
+
+
+@triton.jit
+def _part_lanes(s, t, begin, end, MARGINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """`_lanes` with shifts from the first columns and, where a mass rose far above its shift, once more from there."""
+    lane = tl.arange(0, TILE)
+    k_s, some = _first_shift(s, begin, lane, TILE, TILES)
+    k_t = k_s
+    if t.row is not None:
+        k_t, some_t = _first_shift(t, begin, lane, TILE, TILES)
+        some = some & some_t
+    one_s, one_t, pair, top_s, top_t = no_one(), no_one(), no_pair(), no_top(), no_top()
+    exact = begin > end
+    tries = tl.where(some, 2, 0)
+    while tries > 0:
+        one_s, one_t, pair, top_s, top_t, exact = _lanes(s, t, k_s, k_t, begin, end, MARGINS, TILE, TILES)
+        high = exact & (one_s.mass > GUARD)
+        k_s = settle_one(one_s).shift
+        if t.row is not None:
+            high = exact & ((one_s.mass > GUARD) | (one_t.mass > GUARD))
+            k_t = settle_one(one_t).shift
+        tries = tl.where(high, tries - 1, 0)
+    return one_s, one_t, pair, top_s, top_t, exact
 
 
 @triton.jit
@@ -419,7 +438,7 @@ def fold_config(margins: bool, has_cap: bool, aligned: bool) -> dict[str, int | 
     }
     backend, arch = target()
     if backend == "cuda" and arch >= 100 and aligned and not (margins or has_cap):
-        config["maxnreg"] = 144  # left alone, ptxas stops at 128 there and spills four
+        config["maxnreg"] = 168  # left alone, ptxas stops at 128 there and spills
     return config
 
 
