@@ -325,6 +325,73 @@ def inclusion_probabilities(weights: Sequence[float], count: int) -> list[float]
     return included
 
 
+def select_entropy_gap(stats: Stats, keep: float | int, *, row_mask: Tensor | None = None, **scope) -> Tensor:
+    """EntropyGap (TSD-KD, arXiv 2603.13260): the largest entropy_s - entropy_t; the weight of a row is its sigmoid."""
+    h_s, h_t = _column(stats, "entropy_s"), _column(stats, "entropy_t")
+    gap = {i: h_s[i] - h_t[i] for i in valid_rows(stats, ["entropy_s", "entropy_t"], row_mask)}
+    return _keep_largest(stats, gap, keep, **scope)
+
+
+def cross_entropy_ratio_scores(stats: Stats, epsilon: float = 1e-6, *, row_mask: Tensor | None = None) -> Tensor:
+    """CrossEntropyRatio (SE-KD, arXiv 2602.01395): CE_s / (CE_t + epsilon) of the labels, 1 where both are +inf."""
+    ce_s, ce_t = ([-x for x in _column(stats, name)] for name in ("logp_s", "logp_t"))
+    ratio = {
+        i: 1.0 if ce_s[i] == ce_t[i] == math.inf else ce_s[i] / (ce_t[i] + epsilon)
+        for i in valid_rows(stats, ["logp_s", "logp_t"], row_mask)
+    }
+    return _scores(len(ce_s), ratio)
+
+
+def select_cross_entropy_ratio(
+    stats: Stats, keep: float | int, epsilon: float = 1e-6, *, row_mask: Tensor | None = None, **scope
+) -> Tensor:
+    """CrossEntropyRatio: the largest ratios."""
+    scores = cross_entropy_ratio_scores(stats, epsilon, row_mask=row_mask).tolist()
+    return _keep_largest(stats, {i: x for i, x in enumerate(scores) if not math.isnan(x)}, keep, **scope)
+
+
+def robust_share(values: Sequence[float]) -> list[float]:
+    """(x - q05) / (q95 - q05), clipped to [0, 1]; quantiles (R26) of finite values; +inf is 1, a range of 0 gives 0."""
+    finite = [x for x in values if math.isfinite(x)]
+    low, high = (quantile(finite, q) for q in (0.05, 0.95)) if finite else (0.0, 0.0)
+
+    def share(x: float) -> float:
+        if x == math.inf:
+            return 1.0
+        return min(max((x - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+
+    return [share(x) for x in values]
+
+
+def teachability_scores(stats: Stats, by: str = "kl_fwd", *, row_mask: Tensor | None = None) -> Tensor:
+    """Teachability (TA-OPD, arXiv 2605.26844): a divergence times the teacher's mass on the student's top-k tokens."""
+    valid = valid_rows(stats, [by, "mass_t_on_top_s"], row_mask)
+    wrong, reachable = (robust_share([_column(stats, name)[i] for i in valid]) for name in (by, "mass_t_on_top_s"))
+    return _scores(_n_rows(stats), {i: d * c for i, d, c in zip(valid, wrong, reachable, strict=True)})
+
+
+def select_teachability(
+    stats: Stats, keep: float | int = 0.05, by: str = "kl_fwd", *, row_mask: Tensor | None = None, **scope
+) -> Tensor:
+    """Teachability: the largest scores, normalised over the batch."""
+    scores = teachability_scores(stats, by, row_mask=row_mask).tolist()
+    return _keep_largest(stats, {i: x for i, x in enumerate(scores) if not math.isnan(x)}, keep, **scope)
+
+
+def select_greedy_agreement(
+    stats: Stats, top_k: int = 5, agreeing: bool = True, *, row_mask: Tensor | None = None
+) -> Tensor:
+    """GreedyAgreement (SelecTKD, arXiv 2510.24021): the student's argmax is (not) in the teacher's top_k."""
+    rank = _column(stats, "rank_t_of_argmax_s")
+    valid = valid_rows(stats, ["rank_t_of_argmax_s", "mass_t_on_top_s"], row_mask)
+    return _mask(len(rank), [i for i in valid if (rank[i] < top_k) == agreeing])
+
+
+def select_position_prefix(stats: Stats, keep: float | int, *, row_mask: Tensor | None = None, **scope) -> Tensor:
+    """PositionPrefix (Fast OPD, arXiv 2602.15260): the earliest unmasked rows; it reads no statistic."""
+    return _keep_largest(stats, {i: -i for i in valid_rows(stats, [], row_mask)}, keep, **scope)
+
+
 def quadrants(stats: Stats, row_mask: Tensor | None = None, *, entropy: Cut = 0.3, divergence: Cut = 0.1) -> Tensor:
     """R36: (N,) int8, 1 uncertain and wrong, 2 uncertain, 3 overconfident and wrong, 4 solved, 0 masked or NaN."""
     valid = valid_rows(stats, ["entropy_s", "kl_rev"], row_mask)

@@ -1,0 +1,163 @@
+"""SELECT, continued: rules of other papers, made of the same parts as those of select.py. Each names its source.
+
+A rule whose statistics depend on a k carries it as `top_k`, for whoever measures: token_stats(top_k=rule.top_k).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tip_kernels._checks import expect, finite_number
+from tip_kernels._ranking import quantile
+from tip_kernels.select import QuotaRule, Rule, _check_statistic, _is_int
+
+
+@dataclass(frozen=True)
+class EntropyGap(QuotaRule):
+    """Keeps the rows where the student is more uncertain than the teacher: score = entropy_s - entropy_t, in nats.
+
+    weighted  adds row_weights sigmoid(score); with keep=1.0 this is the paper's own weighting of all rows
+
+    The other arguments are QuotaRule's. Source: TSD-KD (arXiv 2603.13260), which weights, and selects nothing by it.
+    """
+
+    needs = frozenset({"entropy_s", "entropy_t"})
+    weighted: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(isinstance(self.weighted, bool), "weighted", "a bool", self.weighted)
+
+    def _scores(self, values, population):
+        return values["entropy_s"] - values["entropy_t"]
+
+    def _weights(self, values, population, mask, runner_up):
+        return torch.where(mask, torch.sigmoid(self._scores(values, population)), 0.0) if self.weighted else None
+
+
+@dataclass(frozen=True)
+class CrossEntropyRatio(QuotaRule):
+    """Keeps the rows whose label surprises the student most beside the teacher: score = CE_s / (CE_t + epsilon).
+
+        CE = -logp of the label, in nats
+
+    A row without a label is not in the population. Where both CE are +inf the score is 1.
+
+    epsilon  a positive float, in nats
+
+    The other arguments are QuotaRule's. Source: the `ce_ratio` of SE-KD (arXiv 2602.01395) and its code.
+    """
+
+    needs = frozenset({"logp_s", "logp_t"})
+    epsilon: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        finite_number("epsilon", self.epsilon, positive=True)
+
+    def _scores(self, values, population):
+        ce_s, ce_t = (-values[name].double() for name in ("logp_s", "logp_t"))
+        return torch.where(ce_s.isinf() & ce_t.isinf(), 1.0, ce_s / (ce_t + self.epsilon)).float()
+
+
+@dataclass(frozen=True)
+class Teachability(QuotaRule):
+    """Keeps rows that are wrong, but where the teacher's choice is within the student's reach: score = d c.
+
+        d = stats[by], c = mass_t_on_top_s, the teacher's probability on the student's top_k tokens, both first brought
+        to [0, 1]: (x - q05) / (q95 - q05), clipped, with the 0.05 and 0.95 quantiles over the finite values of the
+        batch's population; +inf is 1 and a range of zero gives 0
+
+    keep   5 % unless given, as the paper recommends
+    top_k  an int >= 1; statistics must be measured with this very top_k
+    by     name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default
+
+    The other arguments are QuotaRule's. Source: TA-OPD (arXiv 2605.26844).
+    """
+
+    keep: float | int = 0.05
+    top_k: int = 16
+    by: str = "kl_fwd"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_top_k(self.top_k)
+        _check_statistic("by", self.by)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.by, "mass_t_on_top_s"})
+
+    def _scores(self, values, population):
+        d, c = (_between_quantiles(values[name], population) for name in (self.by, "mass_t_on_top_s"))
+        return (d * c).float()
+
+
+@dataclass(frozen=True)
+class GreedyAgreement(Rule):
+    """Keeps the rows where the student's first choice is among the teacher's top_k; it has no quota.
+
+        score = 1 if rank_t_of_argmax_s < top_k, else 0
+
+    top_k         an int >= 1; statistics may be measured with a larger one
+    agreeing      False keeps the other rows instead: those where the student's first choice is none of the teacher's
+    other_weight  None drops the rows that were not chosen. A number in (0, 1) keeps them, with this as their weight
+                  beside row_weights of 1, as the paper does with 0.01; it divides by the number of all rows: in
+                  `distill` that is normalizer="all"
+
+    Source: the greedy top-k form of SelecTKD (arXiv 2510.24021). Raises ValueError naming the argument.
+    """
+
+    # The mass is NaN on a broken row, where the rank, an int, cannot be.
+    needs = frozenset({"rank_t_of_argmax_s", "mass_t_on_top_s"})
+    top_k: int = 5
+    agreeing: bool = True
+    other_weight: float | None = None
+
+    def __post_init__(self):
+        _check_top_k(self.top_k)
+        expect(isinstance(self.agreeing, bool), "agreeing", "a bool", self.agreeing)
+        if self.other_weight is not None:
+            inside = 0 < finite_number("other_weight", self.other_weight) < 1
+            expect(inside, "other_weight", "None or a number in (0, 1)", self.other_weight)
+
+    def _scores(self, values, population):
+        accepted = values["rank_t_of_argmax_s"] < self.top_k
+        return (accepted == self.agreeing).float()
+
+    def _choose(self, scores, values, population, group):
+        chosen = population & (scores > 0)
+        if self.other_weight is None:
+            return chosen, None
+        return population, torch.where(chosen, 1.0, self.other_weight) * population
+
+
+@dataclass(frozen=True)
+class PositionPrefix(QuotaRule):
+    """Keeps the first rows of every rollout: every score is 0, and a tie goes to the earlier token.
+
+    keep  an int: that many rows of each rollout (the paper's training length, which it lets grow by 256); a fraction of
+          its unmasked rows
+
+    The other arguments are QuotaRule's. It reads no statistic, so NaN rows may be kept. Source: Fast OPD
+    (arXiv 2602.15260).
+    """
+
+    def _scores(self, values, population):
+        return torch.zeros_like(population, dtype=torch.float32)
+
+
+def _between_quantiles(x: Tensor, rows: Tensor) -> Tensor:
+    """(x - q05) / (q95 - q05) of the finite values of rows, clipped to [0, 1], (N,) float64; +inf is 1, no range 0."""
+    x = x.double()
+    finite = rows & x.isfinite()
+    low, high = quantile(x, finite, 0.05), quantile(x, finite, 0.95)
+    inside = torch.where(high > low, ((x - low) / (high - low)).clamp(0.0, 1.0), 0.0)
+    return torch.where(x.isposinf(), 1.0, inside)
+
+
+def _check_top_k(top_k: object) -> None:
+    expect(_is_int(top_k) and top_k >= 1, "top_k", "an int of at least 1", top_k)
