@@ -1,5 +1,6 @@
 """The main job on its packaged models, in process, with as few steps and prompts as each claim needs."""
 
+import functools
 import hashlib
 import json
 import os
@@ -13,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import tip_kernels as tip
 from tip_kernels import __main__ as command
+from tip_kernels.adaptive import AdaptiveFocus
 
 pytest.importorskip("transformers")
 
-from tip_kernels.opd import UsageError, addition, cli, train
+from tip_kernels.opd import UsageError, addition, cli, settings, train
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.rollout import left_pad, sample
-from tip_kernels.opd.settings import PACKAGED, RULES, Settings
+from tip_kernels.opd.settings import DIVERGENCES, PACKAGED, RULES, Settings, divergence_of
 from tip_kernels.opd.task import load_task
 from tip_kernels.opd.train import Loop
 
@@ -90,8 +93,8 @@ def test_held_out_prompts_are_fixed_and_never_trained_on():
     held_out = addition.held_out_pairs()
     rng = random.Random(0)
     assert not set(task.draw(rng, 20_000)) & {addition.prompt_of(*pair) for pair in held_out}
-    few = frozenset((a, b) for a in range(100, 1000) for b in range(100, 1000)) - {(123, 456)}
-    assert set(addition.training_pairs(random.Random(0), 1, few)) == {(123, 456)}
+    first, *others = addition.training_pairs(random.Random(0), 5, frozenset())
+    assert addition.training_pairs(random.Random(0), 4, frozenset({first})) == others
 
 
 def test_prompt_files_split_into_disjoint_prompts_and_answers_are_judged(tmp_path):
@@ -233,6 +236,31 @@ def test_every_rule_takes_a_step_within_its_quota(pair, rule):
     assert row["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_takes_a_step(pair, divergence):
+    row = Loop(Settings(divergence=divergence, batch=4), pair, load_task("addition", 1), CPU).step()
+    assert row["kept"] > 0 and row["grad_norm"] > 0
+    assert row["loss"] > 0 or divergence == "sampled_reverse_kl"  # an estimate from one token, of either sign
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("jsd", tip.JSD(0.5)),
+        ("jsd:0.1", tip.JSD(0.1)),
+        ("renyi:2", tip.Renyi(2.0)),
+        ("alpha_beta:0.3,0.6", tip.AlphaBeta(0.3, 0.6)),
+        ("todi:0", tip.ToDi(0.0)),
+        ("skew_reverse_kl:0.2", tip.SkewReverseKL(0.2)),
+        ("sampled_reverse_kl", tip.SampledReverseKL()),
+        ("sampled_reverse_kl:5", tip.SampledReverseKL(5.0)),
+        ("tvd", tip.TVD()),
+    ],
+)
+def test_a_divergence_is_its_name_and_perhaps_its_parameters(text, meant):
+    assert divergence_of(text) == meant
+
+
 def test_every_step_and_every_seed_sees_other_prompts_and_the_same_seed_the_same(pair):
     def two_steps(seed):
         loop = Loop(Settings(batch=4, seed=seed, lr=1e-12), pair, load_task("addition", 1), CPU)
@@ -242,7 +270,7 @@ def test_every_step_and_every_seed_sees_other_prompts_and_the_same_seed_the_same
     assert first == second and len({*first, *other}) == 4
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys", "hellinger_sq", "sampled_reverse_kl"])
 def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, divergence, monkeypatch):
     monkeypatch.setattr(train, "CLIP", 1e9)
     loop = Loop(Settings(rule="all", divergence=divergence, batch=2, lr=1e-12), pair, load_task("addition", 1), CPU)
@@ -261,10 +289,16 @@ def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, di
         for logits in own.values()
     )
     reverse, forward = (log_s.exp() * (log_s - log_t)).sum(-1), (log_t.exp() * (log_t - log_s)).sum(-1)
-    truth = {"reverse_kl": reverse, "forward_kl": forward, "jeffreys": reverse + forward}[divergence].mean()
+    hellinger = 1 - (0.5 * (log_s + log_t)).exp().sum(-1)
+    drawn = rollouts.tokens[:, rollouts.prompt_width :][rollouts.mask].unsqueeze(-1)
+    drawn_s, drawn_t = log_s.gather(-1, drawn), log_t.gather(-1, drawn)
+    k = (drawn_s - drawn_t).detach()  # the policy gradient: k is what is reported, k log s what is differentiated
+    truth = {"reverse_kl": reverse, "forward_kl": forward, "jeffreys": reverse + forward, "hellinger_sq": hellinger}
+    truth = truth.get(divergence, k * drawn_s).mean()
     loop.optimizer.zero_grad()
     truth.backward()
-    assert row["loss"] == pytest.approx(truth.item(), rel=1e-4)
+    value = k.mean() if divergence == "sampled_reverse_kl" else truth
+    assert row["loss"] == pytest.approx(value.item(), rel=1e-4)
     for got, weight in zip(ours, loop.weights, strict=True):
         torch.testing.assert_close(got, weight.grad, rtol=1e-3, atol=1e-5)
 
@@ -304,6 +338,31 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path, rule):
     moments = "checkpoint-000004/optimizer.safetensors"
     assert (whole / moments).read_bytes() == (broken / moments).read_bytes()
     assert without_seconds(log_of(whole)) == without_seconds(log_of(broken))
+
+
+def test_adakd_keeps_by_its_ratio_and_a_resumed_run_goes_on_with_it_bit_for_bit(tmp_path, monkeypatch):
+    lively = functools.partial(AdaptiveFocus, beta=0.0, tolerance=0.0, step=0.3)
+    monkeypatch.setattr(settings, "AdaptiveFocus", lively)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    adakd = ["--preset", "adakd", "--warmup", 1, *SMALL]
+    assert opd("--steps", 6, *adakd, "--output", whole) == 0
+    assert opd("--steps", 4, *adakd, "--output", broken) == 0
+    assert opd("--resume", "--steps", 6, "--quiet", "--output", broken) == 0
+    rows = log_of(whole)[1:]
+    ratios = [row["keep"] for row in rows]
+    assert ratios[0] == 1 and rows[0]["kept_share"] == 1 and ratios[4] < 1 and len({*ratios}) > 2
+    assert all(row["keep"] - 0.05 < row["kept_share"] <= row["keep"] for row in rows)
+    assert without_seconds(rows) == without_seconds(log_of(broken)[1:])
+    name = "student/model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    states = [json.loads((run / "checkpoint-000006/state.json").read_text()) for run in (whole, broken)]
+    assert states[0]["focus"] == states[1]["focus"] and states[0]["focus"]["seen"] == 6
+
+
+def test_a_run_of_a_preset_cannot_go_on_with_a_rule(tmp_path, capsys):
+    assert opd("--steps", 1, "--preset", "adakd", *SMALL, "--output", tmp_path) == 0
+    assert opd("--resume", "--steps", 2, "--rule", "all", "--output", tmp_path) == 2
+    assert capsys.readouterr().err.endswith("argument --rule: expected none beside --preset adakd, got 'all'\n")
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, capsys, monkeypatch):
@@ -403,7 +462,22 @@ BAD = {
     "keep of nan": (["--keep", "nan"], r"argument --keep: expected .* got 'nan'"),
     "keep as a word": (["--keep", "half"], r"argument --keep: expected .* got 'half'"),
     "unknown rule": (["--rule", "best"], r"argument --rule: invalid choice: 'best' \(choose from"),
-    "unknown divergence": (["--divergence", "kl"], r"argument --divergence: invalid choice: 'kl'"),
+    "unknown divergence": (["--divergence", "kl"], r"argument --divergence: expected one of reverse_kl,.* got 'kl'"),
+    "a parameter too many": (["--divergence", "tvd:1"], r"argument --divergence: expected tvd, got 'tvd:1'"),
+    "a parameter too few": (["--divergence", "alpha_beta:1"], r"expected alpha_beta:NUMBER,NUMBER, got 'alpha_beta:1'"),
+    "a parameter as a word": (["--divergence", "jsd:half"], r"argument --divergence: expected jsd:NUMBER.* 'jsd:half'"),
+    "an empty parameter": (["--divergence", "todi:"], r"argument --divergence: expected todi:NUMBER, got 'todi:'"),
+    "a wrong parameter": (["--divergence", "jsd:2"], r"argument --divergence: teacher_weight: expected .* got .*2"),
+    "a parameter of nan": (["--divergence", "renyi:nan"], r"argument --divergence: alpha: expected .* got .*nan"),
+    "unknown preset": (["--preset", "best"], r"argument --preset: invalid choice: 'best'"),
+    "preset and rule": (
+        ["--preset", "adakd", "--rule", "all"],
+        r"argument --rule: expected none beside --preset adakd",
+    ),
+    "preset and keep": (
+        ["--preset", "adakd", "--keep", "0.2"],
+        r"--keep: expected none beside --preset adakd, got 0.2",
+    ),
     "no steps": (["--steps", "0"], r"argument --steps: expected a whole number of at least 1, got '0'"),
     "half a batch": (["--batch", "1.5"], r"argument --batch: expected a whole number of at least 1, got '1.5'"),
     "negative rate": (["--lr", "-1"], r"argument --lr: expected a finite number above 0, got '-1'"),

@@ -76,7 +76,7 @@ def stored_settings(folder: Path) -> dict:
 
 def resumed_settings(folder: Path, given: dict) -> Settings:
     """The stored settings with what may change replaced; `given` holds the options that the user typed."""
-    stored = stored_settings(folder)
+    stored = asdict(Settings()) | stored_settings(folder)  # a run of an earlier version lacks newer settings
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             option = name.replace("_", "-")
@@ -119,7 +119,7 @@ def save(folder: Path, loop: Loop) -> Path:
 
 
 def restore(checkpoint: Path, loop: Loop) -> None:
-    """Set optimizer and counters; the student's weights were loaded from the same folder."""
+    """Set optimizer, counters and AdaKD's focus; the student's weights were loaded from the same folder."""
     state: dict[int, dict] = {}
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
         i, name = key.split(".", 1)
@@ -127,6 +127,8 @@ def restore(checkpoint: Path, loop: Loop) -> None:
     groups = loop.optimizer.state_dict()["param_groups"]
     loop.optimizer.load_state_dict({"state": state, "param_groups": groups})
     loop.counters = Counters(**json.loads((checkpoint / "state.json").read_text()))
+    if loop.counters.focus:
+        loop.focus.load_state_dict(loop.counters.focus)
 
 
 def save_student(folder: Path, loop: Loop) -> None:

@@ -61,11 +61,20 @@ def folder_of(settings: Settings, role: str) -> Path:
     return PACKAGED / role if value == "packaged" else Path(value)
 
 
+def check_preset(given: dict, stored: dict) -> None:
+    """A preset chooses the tokens itself, so neither --rule nor --keep can be given beside it."""
+    preset = given.get("preset") or stored.get("preset")
+    for name in ("rule", "keep"):
+        if preset and name in given:
+            raise UsageError(f"argument --{name}: expected none beside --preset {preset}, got {given[name]!r}")
+
+
 def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
     """The settings, and on --resume the checkpoint to go on from; refuses an output folder that is taken."""
     from tip_kernels.opd import checkpoint
 
     given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
+    check_preset(given, checkpoint.stored_settings(folder) if options.get("resume") else {})
     for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
         if name in given and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())

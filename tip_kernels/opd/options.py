@@ -6,7 +6,7 @@ import argparse
 import math
 
 from tip_kernels.opd import UsageError
-from tip_kernels.opd.settings import DIVERGENCES, RULES, Settings
+from tip_kernels.opd.settings import DIVERGENCES, PRESETS, RULES, Settings, divergence_of
 
 DESCRIPTION = """\
 On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
@@ -32,6 +32,15 @@ def keep_of(text: str) -> float | int:
             f"expected a fraction in (0, 1] or a whole number of tokens of at least 1, got {text!r}"
         )
     return value
+
+
+def divergence(text: str) -> str:
+    """'todi', or with parameters 'todi:2'; it stays text, which is what a run stores."""
+    try:
+        divergence_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def whole(least: int):
@@ -75,7 +84,10 @@ def parser() -> Parser:
     g = p.add_argument_group("what is kept")
     option(g, "--rule", str, "which tokens the student learns from", choices=tuple(RULES))
     option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
-    option(g, "--divergence", str, "the loss on a kept token", choices=tuple(DIVERGENCES))
+    text = f"the loss on a kept token: {', '.join(DIVERGENCES)}; with parameters as in jsd:0.1 or alpha_beta:0.2,0.7"
+    option(g, "--divergence", divergence, text, "NAME[:NUMBERS]")
+    text = "adakd: the share of tokens kept falls with the loss, the hardest first, each with a temperature of its own"
+    option(g, "--preset", str, f"instead of --rule and --keep; {text}", choices=PRESETS)
 
     g = p.add_argument_group("training")
     option(g, "--steps", whole(1), "optimizer steps, a rollout batch each", "N")

@@ -58,8 +58,9 @@ class Progress:
 
 def _facts(row: dict) -> str:
     quadrants = " ".join(f"{100 * row[f'q{i}']:.0f}" for i in (1, 2, 3, 4))
+    ratio = f" (ratio {row['keep']:.2f})" if "keep" in row else ""
     return (
-        f"loss {_number(row['loss'])}  entropy {row['entropy']:.2f}  kept {_percent(row['kept_share'])}"
+        f"loss {_number(row['loss'])}  entropy {row['entropy']:.2f}  kept {_percent(row['kept_share'])}{ratio}"
         f"  Q1-4 {quadrants} %  grad {_number(row['grad_norm'])}"
     )
 
@@ -97,8 +98,8 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
         "skipped_steps": counters.skipped,
         "seconds": round(seconds, 2),
         "peak_mib": round(peak, 1) if peak == peak else None,
-        "rule": settings.rule,
-        "keep": settings.keep,
+        "rule": settings.preset or settings.rule,
+        "keep": (counters.focus or {"keep": 1.0})["keep"] if settings.preset else settings.keep,
         "divergence": settings.divergence,
         "seed": settings.seed,
         "output": str(output),

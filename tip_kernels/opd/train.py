@@ -1,8 +1,8 @@
 """The loop: sample from the student, measure, select, learn from the kept rows, look again.
 
 Nothing random outlives a step: prompts, rollouts and random rules draw from generators seeded by (seed, purpose, step).
-The state of a run is therefore its weights, its optimizer and its counters, and a resumed run repeats an unbroken one
-bit for bit.
+The state of a run is therefore its weights, its optimizer and its counters, AdaKD's focus among them, and a resumed run
+repeats an unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
+from tip_kernels.adaptive import adakd
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.pair import Pair, Side
 from tip_kernels.opd.rollout import Rollouts, sample
-from tip_kernels.opd.settings import DIVERGENCES, Settings
+from tip_kernels.opd.settings import Settings, divergence_of
 from tip_kernels.opd.task import Task
 
 CLIP = 1.0  # largest gradient norm
@@ -42,6 +43,7 @@ class Counters:
     start_kl: float | None = None
     end_accuracy: float | None = None
     end_kl: float | None = None
+    focus: dict | None = None  # state_dict of AdaKD's focus after its last loss
 
 
 class Loop:
@@ -55,7 +57,7 @@ class Loop:
             torch.set_num_threads(settings.threads or 1)
         self.weights = [weight for weight in pair.student.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.divergence = DIVERGENCES[settings.divergence]()
+        self.divergence, self.focus = divergence_of(settings.divergence), settings.make_focus()
         self.held_out = pair.encode(task.held_out, settings.chat)
         listed = pair.encode(task.listed, settings.chat)  # an unusable prompt is an error now, not in mid-run
         self.max_new_tokens = self._room(max(map(len, self.held_out + listed)))
@@ -97,15 +99,18 @@ class Loop:
         out = tip.distill(
             self.pair.student.head(response_states(self.pair.student, rollouts)),
             self.pair.teacher.head(_frozen_states(self.pair.teacher, rollouts)),
-            select=settings.make_rule(self._generator("rule")),
             divergence=self.divergence,
-            row_mask=rollouts.mask,
-            normalizer="kept",
+            labels=self._labels(rollouts),
             workspace_mib=settings.workspace_mib,
             full_stats=True,  # the log shows every token's quadrant, whatever the rule reads
+            **self._choice(rollouts.mask),
         )
         rows, kept = int(rollouts.mask.sum()), int(out.kept.mask.sum())
+        ratio = {"keep": self.focus.keep} if self.focus else {}
         norm = self._learn(out.loss) if kept else None
+        if self.focus and norm is not None:
+            self.focus.update(out.loss.detach())
+            counters.focus = self.focus.state_dict()
         counters.step += 1
         counters.rows += rows
         counters.kept += kept
@@ -113,8 +118,21 @@ class Loop:
         seconds = time.perf_counter() - began
         counters.seconds += seconds
         row = {"step": counters.step, "loss": out.loss.item() if kept else None, "rows": rows, "kept": kept}
-        row |= {"kept_share": kept / rows} | _overview(out.stats, rollouts.mask)
+        row |= ratio | {"kept_share": kept / rows} | _overview(out.stats, rollouts.mask)
         return row | {"grad_norm": norm, "ended": rollouts.ended.float().mean().item(), "seconds": seconds}
+
+    def _choice(self, mask: Tensor) -> dict:
+        """What distill keeps and how it weighs it: AdaKD's arguments, or a rule with a plain mean over kept tokens."""
+        if self.focus:
+            return adakd(self.focus, row_mask=mask)
+        rule = self.settings.make_rule(self._generator("rule"))
+        return {"select": rule, "row_mask": mask, "normalizer": "kept"}
+
+    def _labels(self, rollouts: Rollouts) -> Tensor | None:
+        """(B, L) the sampled tokens, where the divergence reads them: place i holds the one that row i predicts."""
+        if not self.divergence.needs & {"logp_s", "logp_t"}:
+            return None
+        return torch.where(rollouts.mask, rollouts.completions, -100)
 
     def _learn(self, loss: Tensor) -> float | None:
         """The gradient norm before clipping; None, and no step, where the gradient is not finite."""
