@@ -1,5 +1,6 @@
 """tip_kernels: measure, select, learn."""
 
+from tip_kernels.adaptive import AdaptiveFocus, adakd, difficulty_temperature
 from tip_kernels.backends import backend
 from tip_kernels.distill import Distilled, Plan, distill
 from tip_kernels.divergences import (
@@ -17,6 +18,7 @@ from tip_kernels.divergences import (
     SkewReverseKL,
     ToDi,
 )
+from tip_kernels.importance import token_importance
 from tip_kernels.losses import divergence_loss
 from tip_kernels.select import (
     KeepAll,
@@ -33,16 +35,27 @@ from tip_kernels.select import (
     TopMargin,
     quadrants,
 )
+from tip_kernels.select_papers import (
+    CrossEntropyRatio,
+    EntropyGap,
+    GreedyAgreement,
+    PositionPrefix,
+    Teachability,
+)
 from tip_kernels.sources import Head
 from tip_kernels.stats import TokenStats, token_stats
 
 __all__ = [
     "JSD",
     "TVD",
+    "AdaptiveFocus",
     "AlphaBeta",
+    "CrossEntropyRatio",
     "Distilled",
     "Divergence",
+    "EntropyGap",
     "ForwardKL",
+    "GreedyAgreement",
     "Head",
     "HellingerSq",
     "Jeffreys",
@@ -50,6 +63,7 @@ __all__ = [
     "Kept",
     "Overconfident",
     "Plan",
+    "PositionPrefix",
     "RandomRows",
     "Renyi",
     "ReverseKL",
@@ -59,6 +73,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftOr",
+    "Teachability",
     "Threshold",
     "ToDi",
     "TokenStats",
@@ -66,9 +81,12 @@ __all__ = [
     "TopEntropy",
     "TopHellinger",
     "TopMargin",
+    "adakd",
     "backend",
+    "difficulty_temperature",
     "distill",
     "divergence_loss",
     "quadrants",
+    "token_importance",
     "token_stats",
 ]

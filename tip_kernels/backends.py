@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -35,11 +36,16 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def backend_for(device: torch.device) -> str:
     """The backend that work on this device takes now."""
     name = _requested.get() or os.environ.get(ENVIRONMENT) or None
     expect(name in (None, *NAMES), ENVIRONMENT, "'eager' or 'triton'", name)
-    installed = importlib.util.find_spec("triton") is not None
+    installed = _triton_is_installed()
     if name is None:
         return "triton" if installed and device.type == "cuda" else "eager"
     if name == "triton":

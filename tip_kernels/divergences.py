@@ -378,4 +378,4 @@ class SampledReverseKL(Divergence):
         return k if self.clip is None else k.clamp(-self.clip, self.clip)
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
-        return {"label_factor": self.value(row)}
+        return {"label_factor": torch.where(row["logp_s"].isfinite(), self.value(row), 0.0)}  # a banned token has none
