@@ -41,6 +41,7 @@ from .select import (
     valid_rows,
 )
 from .stats import argmax, broken_rows, kl, log_probs, logits, token_stats, top_ids
+from .topk import topk_entropy, topk_forward_kl, topk_hellinger_sq, topk_reverse_kl
 
 __all__ = [
     "adakd_loss",
@@ -87,6 +88,10 @@ __all__ = [
     "token_stats",
     "top_ids",
     "top_scores",
+    "topk_entropy",
+    "topk_forward_kl",
+    "topk_hellinger_sq",
+    "topk_reverse_kl",
     "tvd",
     "valid_rows",
 ]

@@ -14,11 +14,20 @@ from torch import Tensor
 from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, row_temperature, workspace_bytes
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager.online import Blend
-from tip_kernels.losses import CrossEntropy, RowTask, row_loss, rows_of_stats
-from tip_kernels.measure import LABEL_FIELDS, PRIVATE_FIELDS, STUDENT_FIELDS, TEACHER_FIELDS, measure
+from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
+from tip_kernels.measure import (
+    LABEL_FIELDS,
+    PRIVATE_FIELDS,
+    STUDENT_FIELDS,
+    TEACHER_FIELDS,
+    TOP_FIELDS,
+    measure,
+    with_logits,
+)
 from tip_kernels.select import Kept, Rule, SoftOr
-from tip_kernels.sources import Head, Rows, check_pair, rows_of
+from tip_kernels.sources import Head, Rows, check_pair, rows_of, teacher_rows
 from tip_kernels.stats import TokenStats, check_labels, stats_record
+from tip_kernels.topk import TopK, TopKRows
 
 _FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
@@ -53,7 +62,7 @@ class Distilled(NamedTuple):
 
 def distill(
     student: Tensor | Head,
-    teacher: Tensor | Head,
+    teacher: Tensor | Head | TopK,
     *,
     select: Rule | None = None,
     divergence: Divergence | None = None,
@@ -72,7 +81,8 @@ def distill(
 
         loss = sum_kept w_i D(teacher_i, student_i) / normalizer            w = row_weights * the rule's own weights
 
-    student, teacher  logits (N, V) or (B, T, V), or a Head; the gradient flows to the student's source only
+    student, teacher  logits (N, V) or (B, T, V), or a Head; the teacher also a TopK, at temperature 1. The gradient
+                      flows to the student's source only
     select            SoftOr(0.5) unless given
     divergence        ReverseKL() unless given
     row_mask          bool (N,) or (B, T): True for trainable tokens. Others are never kept; with a mask on the CPU they
@@ -103,8 +113,12 @@ def distill(
     divergence = ReverseKL() if divergence is None else divergence
     expect(isinstance(select, Rule), "select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
-    rows_s, rows_t = rows_of(student, "student"), rows_of(teacher, "teacher")
+    rows_s, rows_t = rows_of(student, "student"), teacher_rows(teacher)
     check_pair(rows_s, rows_t)
+    check_listed(rows_t, divergence, temperature)
+    if isinstance(rows_t, TopKRows):
+        ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
+        expect(ok, "select", "a rule that needs no logits of the teacher, which is a TopK", select)
     batch = _Batch(rows_s, rows_t, check_labels(labels, rows_s), row_mask, workspace_bytes(workspace_mib))
     weights = None
     if row_weights is not None:
@@ -126,12 +140,14 @@ def distill(
     learned_at = measured_at
     if adaptive:
         learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device, ids)
-    at_rows = rows_of_stats(stats, divergence, ids, learned_at)
+    needs = needed(divergence, rows_t)
+    at_rows = rows_of_stats(stats, needs, ids, learned_at)
     if at_rows is None:
-        at_rows = batch.measure_late(ids, divergence.needs, learned_at)
+        at_rows = batch.measure_late(ids, divergence.needs | needs, learned_at)
         stats = stats if adaptive else batch.filled(stats, at_rows, ids)
-    row_sums = 2 * any(term.class_b for _, term in divergence.terms)
-    batch.count(ids, row_sums)
+    projections = len(with_logits(rows_s, rows_t))
+    if projections == 2 and any(term.class_b for _, term in divergence.terms):
+        batch.count(ids, projections)
 
     factor = 1.0 - ce_weight
     if temperature_sq:
@@ -140,7 +156,7 @@ def distill(
     task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, factor, ce)
     losses = row_loss(rows_s, rows_t, task)
     if losses.requires_grad:
-        batch.count(ids, 2 + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
+        batch.count(ids, projections + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
     usable = valid & torch.isfinite(losses.detach())
     w = usable.float()
     for factor in (weights, kept._weights):
@@ -161,7 +177,7 @@ class _Batch:
     """The rows of one distill call: which are measured, which were found NaN, and how many products that took."""
 
     def __init__(
-        self, student: Rows, teacher: Rows, labels: Tensor | None, row_mask: Tensor | None, workspace: int
+        self, student: Rows, teacher: Rows | TopKRows, labels: Tensor | None, row_mask: Tensor | None, workspace: int
     ) -> None:
         self.student, self.teacher, self.labels, self.workspace = student, teacher, labels, workspace
         self.n_rows = student.n_rows
@@ -219,7 +235,7 @@ class _Batch:
             temperature=temperature,
             workspace=self.workspace,
         )
-        self.count(ids, 1 + with_teacher)
+        self.count(ids, len(with_logits(self.student, self.teacher if with_teacher else None)))
         broken = measured["logsum_s"].isnan()
         if with_teacher:
             broken = broken | measured["logsum_t"].isnan()
@@ -253,7 +269,7 @@ class _Batch:
 
 
 def _scattered(value: Tensor, ids: Tensor, n_rows: int) -> Tensor:
-    """(n_rows,) with value at ids; NaN elsewhere, or False or -1 where the dtype has no NaN."""
+    """(n_rows, ...) with value at ids; NaN elsewhere, or False or -1 where the dtype has no NaN."""
     empty = torch.nan if value.is_floating_point() else (False if value.dtype == torch.bool else -1)
-    out = torch.full((n_rows,), empty, dtype=value.dtype, device=value.device)
+    out = torch.full((n_rows, *value.shape[1:]), empty, dtype=value.dtype, device=value.device)
     return out.index_copy_(0, ids, value)

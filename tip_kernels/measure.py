@@ -16,20 +16,31 @@ from tip_kernels.eager import online
 from tip_kernels.eager.online import Blend
 from tip_kernels.eager.toplist import TopList
 from tip_kernels.sources import HeadBlock, LogitBlock, LogitRows, Rows
+from tip_kernels.topk import (
+    PARTIAL_FIELDS,
+    TopKRows,
+    hide_columns,
+    partial_divergence,
+    partial_entropy,
+    student_outcomes,
+    take_columns,
+)
 
 IGNORE_LABEL = -100
 STUDENT_FIELDS = frozenset({"lse_s", "entropy_s"})
 TEACHER_FIELDS = frozenset({"lse_t", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"})
 MARGIN_FIELDS = frozenset({"margin_s", "margin_t", "agree"})
 LABEL_FIELDS = frozenset({"logp_s", "logp_t"})
-PRIVATE_FIELDS = frozenset({"shift_s", "shift_t", "logsum_s", "logsum_t"})
+NORMALISER_FIELDS = frozenset({"shift_s", "shift_t", "logsum_s", "logsum_t"})
+LISTED_FIELDS = frozenset({"listed", "shift_rest", "logsum_rest"})
+PRIVATE_FIELDS = NORMALISER_FIELDS | LISTED_FIELDS
 TOP_FIELDS = frozenset({"mass_t_on_top_s", "rank_t_of_argmax_s"})
 
 
 @torch.no_grad()
 def measure(
     student: Rows,
-    teacher: Rows | None,
+    teacher: Rows | TopKRows | None,
     want: frozenset[str | Blend],
     *,
     rows: Tensor | None = None,
@@ -41,14 +52,15 @@ def measure(
     """The wanted statistics of all rows, or of the rows with the given ids, as {field: (len(rows),)}.
 
     Private fields (shift and logsum of each model) come without asking. labels and temperature are (N,) over all rows.
-    On the Triton backend the kernels measure everything but blends and top-k lists, which are tiled torch everywhere.
+    On the Triton backend the kernels measure everything but blends, top-k lists and a student beside a TopK, which are
+    tiled torch everywhere. Beside a TopK the private fields hold the student's logits of its tokens, (len(rows), K).
     """
     n_rows = student.n_rows if rows is None else rows.numel()
     if rows is not None:
         labels = None if labels is None else labels[rows]
         temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    sources = [source for source in (student, teacher) if source is not None]
-    triton = backend_for(student.device) == "triton"
+    sources, listed = with_logits(student, teacher), isinstance(teacher, TopKRows)
+    triton = backend_for(student.device) == "triton" and not listed
     blends = frozenset(name for name in want if isinstance(name, Blend))
     lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and not triton))
     with torch.autocast(student.device.type, enabled=False):
@@ -56,7 +68,7 @@ def measure(
             out = _measure_logits(sources, want, rows, labels, temperature, workspace)
         else:
             block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
-            engines = _engines(triton, sources, want, blends, block, columns)
+            engines = [] if listed else _engines(triton, sources, want, blends, block, columns)
             buffers = [torch.empty(block * columns, device=source.device) for source in sources]
             done = []
             for r0 in range(0, max(n_rows, 1), block):
@@ -65,8 +77,12 @@ def measure(
                 lab = None if labels is None else labels[part]
                 tau = temperature[part] if isinstance(temperature, Tensor) else temperature
                 blocks = [source.block(ids) for source in sources]
+                if listed:
+                    engines = [ListedEngine(teacher.ids[ids], columns, student.vocab, want)]
                 done.append(_measure_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k))
             out = {name: torch.cat([d[name] for d in done]) for name in done[0]}
+        if listed:
+            out |= _outcome_fields(out, teacher, student.vocab, want, rows, labels, workspace)
     return {name: value for name, value in out.items() if name in want | PRIVATE_FIELDS}
 
 
@@ -99,6 +115,38 @@ class EagerEngine:
         return online.finish(online.merge(self.parts, self.unit), self.temperature)
 
 
+class ListedEngine:
+    """The fold of eager/online.py for the student alone, listed tokens apart from the rest; at temperature 1.
+
+    Listed tokens are banned in the tiles and folded as one part more, so that no sum over the rest cancels.
+    """
+
+    def __init__(self, ids: Tensor, columns: int, vocab: int, want: frozenset[str | Blend]) -> None:
+        self.ids, want = ids, want & STUDENT_FIELDS
+        self.fold = online.Fold(*ids.shape[:1], columns, 1, want, ids.device)
+        self.fold_listed = online.Fold(*ids.shape, 1, want, ids.device)
+        self.z = torch.where((ids >= vocab) | (ids < -1), torch.nan, torch.full(ids.shape, -torch.inf).to(ids.device))
+
+    def start(self, n_rows: int, temperature: float | Tensor) -> None:
+        self.parts: list[online.State] = []
+
+    def add(self, tiles: list[Tensor], v0: int) -> None:
+        self.z = take_columns(tiles[0], self.ids, v0, self.z)
+        hide_columns(tiles[0], self.ids, v0)
+        self.parts.append(self.fold(tiles[0], None, 1 / online.NATS))
+
+    def finish(self) -> dict[str | Blend, Tensor]:
+        unit = 1 / online.NATS
+        rest = online.merge(self.parts, unit)
+        out = online.finish(online.merge([rest, self.fold_listed(self.z.clone(), None, unit)], unit), 1.0)
+        some = rest["k_s"] > online.FLOOR
+        return out | {
+            "listed": torch.where(self.z <= online.FLOOR, -torch.inf, self.z) - out["shift_s"].unsqueeze(1),
+            "shift_rest": torch.where(some, rest["k_s"], 0.0),
+            "logsum_rest": torch.where(some, rest["L_s"].log(), -torch.inf),
+        }
+
+
 class TritonEngine:
     """The fold of kernels/row_stats.py, on tiles that a library's GEMM made."""
 
@@ -126,6 +174,11 @@ def _engines(
         return [EagerEngine(rows, columns, n_models, want, device)]
     engines: list[Engine] = [TritonEngine(sources[0].vocab, n_models, bool(want & MARGIN_FIELDS), device)]
     return [*engines, EagerEngine(rows, columns, n_models, blends, device)] if blends else engines
+
+
+def with_logits(*sources: Rows | TopKRows | None) -> list[Rows]:
+    """Those of the sources that have logits."""
+    return [source for source in sources if isinstance(source, Rows)]
 
 
 def is_read_in_place(source: Rows) -> bool:
@@ -239,6 +292,33 @@ def _list_fields(
             fields["mass_t_on_top_s"] = torch.where(listed, logp.exp(), 0.0).sum(1).clamp_(max=1.0) + nan
             hit = (top_t.ids[:, :top_k] == best) & (top_t.values[:, :top_k] > online.FLOOR) & whole.unsqueeze(1)
             fields["rank_t_of_argmax_s"] = torch.where(hit.any(1), hit.int().argmax(1), top_k)
+    return fields
+
+
+def _outcome_fields(
+    out: dict[str | Blend, Tensor],
+    teacher: TopKRows,
+    vocab: int,
+    want: frozenset[str | Blend],
+    rows: Tensor | None,
+    labels: Tensor | None,
+    workspace: int,
+) -> dict[str | Blend, Tensor]:
+    """What compares the student's outcomes, measured in out, with those of a TopK."""
+    rows = slice(None) if rows is None else rows
+    y = student_outcomes(out)
+    lp_t = teacher.log_outcomes(rows, vocab, y[:, -1].isneginf())
+    if teacher.tail == "ignore":
+        shift, broken = torch.zeros_like(y[:, 0]), lp_t.isnan().any(1)
+        fields = {name: partial_divergence(term, y, lp_t) for name, term in PARTIAL_FIELDS.items()}
+        fields |= {"entropy_t": partial_entropy(lp_t), "logsum_t": shift}
+        fields = {name: value.masked_fill(broken, torch.nan) for name, value in fields.items()} | {"shift_t": shift}
+    else:
+        pair = LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)
+        fields = measure(*pair, want - STUDENT_FIELDS - LABEL_FIELDS - {"lse_t"}, workspace=workspace)
+        fields = {name: value for name, value in fields.items() if name not in ("shift_s", "logsum_s")}
+    if labels is not None:
+        fields["logp_t"] = teacher.label_logp(rows, labels)
     return fields
 
 

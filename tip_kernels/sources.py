@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, finite_number
+from tip_kernels.topk import TopK, TopKRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +191,7 @@ Rows = LogitRows | HeadRows
 
 
 def rows_of(source: Tensor | Head, name: str) -> Rows:
-    """The rows of a public source; name is the argument's, for the error."""
+    """The rows of a public source that has logits; name is the argument's, for the error."""
     if isinstance(source, Head):
         return HeadRows(source)
     ok = isinstance(source, Tensor) and source.dim() in (2, 3) and source.dtype in FLOATS
@@ -199,9 +200,16 @@ def rows_of(source: Tensor | Head, name: str) -> Rows:
     return LogitRows(source)
 
 
-def check_pair(student: Rows, teacher: Rows) -> None:
+def teacher_rows(source: Tensor | Head | TopK) -> Rows | TopKRows:
+    """The rows of a teacher."""
+    return TopKRows(source) if isinstance(source, TopK) else rows_of(source, "teacher")
+
+
+def check_pair(student: Rows, teacher: Rows | TopKRows) -> None:
     """Both sources must have the same rows, vocabulary and device."""
-    if student.vocab != teacher.vocab:
+    if isinstance(teacher, TopKRows):
+        teacher.check_vocab(student.vocab)
+    elif student.vocab != teacher.vocab:
         raise ValueError(
             f"teacher: expected the student's vocabulary of {student.vocab} entries, got {teacher.vocab}; where only "
             f"the padding differs, give both heads vocab_size={min(student.vocab, teacher.vocab)} (logits: slice both)"

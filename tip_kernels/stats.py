@@ -19,7 +19,8 @@ from tip_kernels.measure import (
     TOP_FIELDS,
     measure,
 )
-from tip_kernels.sources import Head, Rows, check_pair, rows_of
+from tip_kernels.sources import Head, Rows, check_pair, rows_of, teacher_rows
+from tip_kernels.topk import TopK, TopKRows, check_request
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,9 @@ class TokenStats:
     _shift_t: Tensor | None = field(default=None, repr=False)
     _logsum_s: Tensor | None = field(default=None, repr=False)  # (N,) lse - shift, formed before it is rounded into lse
     _logsum_t: Tensor | None = field(default=None, repr=False)
+    _listed: Tensor | None = field(default=None, repr=False)  # (N, K) student's logits of a TopK's tokens, less shift_s
+    _shift_rest: Tensor | None = field(default=None, repr=False)  # (N,) shift and logsum of all other tokens
+    _logsum_rest: Tensor | None = field(default=None, repr=False)
     _temperature: float | Tensor = field(default=1.0, repr=False)
     _vocab: int = field(default=0, repr=False)
     _batch_shape: tuple[int, ...] = field(default=(), repr=False)  # (N,) or (B, T)
@@ -65,7 +69,7 @@ class TokenStats:
 
 def token_stats(
     student: Tensor | Head,
-    teacher: Tensor | Head | None = None,
+    teacher: Tensor | Head | TopK | None = None,
     *,
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -79,7 +83,8 @@ def token_stats(
         kl_fwd = sum p_t (log p_t - log p_s)       kl_rev = sum p_s (log p_s - log p_t)
         hellinger_sq = 1 - sum sqrt(p_t p_s)
 
-    student, teacher  logits (N, V) or (B, T, V), or a Head; float32, bfloat16 or float16, each its own
+    student, teacher  logits (N, V) or (B, T, V), or a Head; float32, bfloat16 or float16, each its own. The teacher may
+                      be a TopK, whose docstring says what the statistics then mean
     labels            int64 (N,) or (B, T): the token that each row predicts (already shifted), -100 for none; adds logp
     temperature       a positive float, or a float tensor (N,) or (B, T); divides both models' logits
     margins           adds margin_s, margin_t and agree
@@ -94,7 +99,7 @@ def token_stats(
     Raises ValueError naming the argument. Method: online softmax with recentred moments (tip_kernels/eager/online.py).
     """
     rows_s = rows_of(student, "student")
-    rows_t = None if teacher is None else rows_of(teacher, "teacher")
+    rows_t = None if teacher is None else teacher_rows(teacher)
     if rows_t is not None:
         check_pair(rows_s, rows_t)
     expect(
@@ -102,6 +107,8 @@ def token_stats(
     )
     expect(top_k == 0 or teacher is not None, "top_k", "0 without a teacher", top_k)
     flag("margins", margins)
+    if isinstance(rows_t, TopKRows):
+        check_request(temperature, margins=margins, top_k=top_k)
     temperature = row_temperature(temperature, rows_s.batch_shape, rows_s.device)
     want = STUDENT_FIELDS | (TEACHER_FIELDS if teacher is not None else frozenset())
     want |= MARGIN_FIELDS if margins else frozenset()
