@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 TARGETS = {
@@ -36,6 +37,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 VOCAB = 151_936
+NUMBERS = {"renyi": 1, "alpha_beta": 2, "jsd": 1, "skew_forward_kl": 1, "skew_reverse_kl": 2, "todi": 1}  # parameters
 ODD = 50_257  # a vocabulary whose rows do not start at multiples of 16 bytes
 
 
@@ -59,8 +61,10 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     """Every variant worth a row; calls launch on meta tensors."""
     import torch
 
-    from tip_kernels.kernels.row_grad import Term, row_grad
+    from tip_kernels.kernels._family import KINDS
+    from tip_kernels.kernels.row_grad import Label, Term, row_grad
     from tip_kernels.kernels.row_stats import row_stats
+    from tip_kernels.kernels.row_sums import row_sums
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -73,11 +77,23 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     def vector(dtype: torch.dtype = fp32) -> torch.Tensor:
         return torch.empty(8, dtype=dtype, device="meta")
 
+    def terms(names: str) -> list[Term]:
+        return [Term(1.0, name, (0.5,) * NUMBERS.get(name, 0), EveryRow()) for name in names.split("+")]
+
+    class EveryRow(dict):
+        def __missing__(self, name: str) -> torch.Tensor:
+            return vector()
+
     def grad(names: str, s: torch.Tensor, t: torch.Tensor, **settings) -> torch.Tensor:
-        stats = {name: vector() for name in ("shift_s", "logsum_s", "shift_t", "logsum_t", "kl_rev")}
-        return row_grad(s, t, vector(), stats, [Term(1.0, name, (), stats) for name in names.split("+")], **settings)
+        return row_grad(s, t, vector(), EveryRow(), terms(names), **settings)
+
+    def sums(name: str) -> list[dict[str, torch.Tensor]]:
+        return row_sums(*pair(), EveryRow(shift_s=vector()), terms(name))
 
     jeffreys = "forward_kl+reverse_kl"
+    class_b = [name for name, (_, _, names) in KINDS.items() if names]
+    label = Label(vector(torch.int64), vector())
+    cross_entropy = Label(vector(torch.int64), vector(), vector(), vector(), vector())
     capped = {"softcap_s": 30.0, "softcap_t": 30.0}
     return {
         "pair bf16": (lambda: row_stats(*pair()), 4),
@@ -106,6 +122,11 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
         ),
         "jeffreys bf16 softcap": (lambda: grad(jeffreys, *pair(), **capped), 4),
         "jeffreys bf16 odd stride": (lambda: grad(jeffreys, logits(bf16, ODD), logits(bf16, ODD)), 4),
+        "label_score bf16": (lambda: grad("label_score", *pair(), label=label), 4),
+        "reverse_kl bf16 cross-entropy": (lambda: grad("reverse_kl", *pair(), label=cross_entropy), 4),
+        **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in ("hellinger_sq", "renyi", "alpha_beta")},
+        **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in class_b},
+        **{f"{name} sums bf16": (partial(sums, name), 4) for name in class_b},
     }
 
 
@@ -247,7 +268,7 @@ def measure(kernel: str, variant: str, target: str, compiled: object, pair_bytes
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{stem}.{'hsaco' if amd else 'cubin'}").write_bytes(binary)
         (save / f"{stem}.{'s' if amd else 'sass'}").write_text(listing)
-    streams = kernel != "finish_kernel"
+    streams = kernel not in ("finish_kernel", "add_parts_kernel")
     stream = max(loops, key=lambda loop: (loop.load_bits, -loop.instructions), default=None) if streams else None
     pairs = stream.load_bits / (8 * pair_bytes) if stream else 0
     return Row(
@@ -290,13 +311,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save", type=Path, help="keep binaries and listings in this folder")
     args = parser.parse_args(argv)
     heads = ("regs", "spill", "stack", "shared")
-    print(f"{'kernel':14} {'variant':28} {'target':7} {'{:>7}' * 4} {'instr/pair':>11} {'bits':>5}".format(*heads))
+    print(f"{'kernel':16} {'variant':30} {'target':7} {'{:>7}' * 4} {'instr/pair':>11} {'bits':>5}".format(*heads))
     rows = []
     for row in report(args.targets, args.only, args.save):
         rows.append(asdict(row))
         pair = "-" if row.instr_per_pair is None else f"{row.instr_per_pair:.2f}"
         print(
-            f"{row.kernel:14} {row.variant:28} {row.target:7} {row.registers:7}{row.spill_bytes:7}{row.stack_bytes:7}"
+            f"{row.kernel:16} {row.variant:30} {row.target:7} {row.registers:7}{row.spill_bytes:7}{row.stack_bytes:7}"
             f"{row.shared_bytes:7} {pair:>11} {row.load_bits or '-':>5}",
             flush=True,
         )
