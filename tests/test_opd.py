@@ -21,7 +21,7 @@ from tip_kernels.adaptive import AdaptiveFocus
 pytest.importorskip("transformers")
 
 from tip_kernels.opd import UsageError, addition, cli, settings, train
-from tip_kernels.opd.pair import load_pair
+from tip_kernels.opd.pair import likeliest, load_pair
 from tip_kernels.opd.rollout import left_pad, sample
 from tip_kernels.opd.settings import DIVERGENCES, PACKAGED, RULES, Settings, divergence_of
 from tip_kernels.opd.task import load_task
@@ -365,6 +365,40 @@ def test_a_run_of_a_preset_cannot_go_on_with_a_rule(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("argument --rule: expected none beside --preset adakd, got 'all'\n")
 
 
+def test_a_teacher_of_k_tokens_lists_its_likeliest_and_of_all_tokens_is_the_whole_teacher(pair):
+    rollouts = complete(pair, pair.student, ["864+394=", "5+5="], temperature=1.0, max_new_tokens=9)
+    states = train.response_states(pair.teacher, rollouts)
+    logp = pair.teacher.model.get_output_embeddings()(states).log_softmax(-1)
+    listed = likeliest(pair.teacher.head(states), 3, workspace_mib=1e-4)  # one row at a time
+    torch.testing.assert_close(listed.logp, logp.topk(3).values)
+    torch.testing.assert_close(logp.gather(-1, listed.ids), listed.logp)
+
+    def step(**options):
+        return Loop(Settings(batch=4, lr=1e-12, **options), pair, load_task("addition", 1), CPU).step()
+
+    whole, all_tokens, few = step(), step(teacher_topk=pair.teacher.tokens), step(teacher_topk=2)
+    assert all_tokens["kept"] == whole["kept"] and all_tokens["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert all_tokens["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert 0 < few["kl_rev"] < 0.99 * whole["kl_rev"] and few["grad_norm"] > 0  # a lower bound
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "sampled_reverse_kl"])
+def test_every_divergence_of_distributions_takes_a_step_with_a_teacher_of_k_tokens(pair, divergence):
+    options = Settings(divergence=divergence, teacher_topk=5, batch=4)
+    row = Loop(options, pair, load_task("addition", 1), CPU).step()
+    assert row["loss"] > 0 and row["grad_norm"] > 0
+
+
+def test_a_run_of_an_earlier_version_which_lacks_newer_settings_goes_on(tmp_path):
+    assert opd("--steps", 1, *SMALL, "--output", tmp_path) == 0
+    for path, newer in (("run.json", ["preset", "teacher_topk"]), ("checkpoint-000001/state.json", ["focus"])):
+        stored = json.loads((tmp_path / path).read_text())
+        (tmp_path / path).write_text(json.dumps({name: stored[name] for name in stored if name not in newer}))
+    assert opd("--resume", "--preset", "adakd", "--output", tmp_path) == 2
+    assert opd("--resume", "--steps", 2, "--quiet", "--output", tmp_path) == 0
+    assert log_of(tmp_path)[-1]["step"] == 2
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, capsys, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert opd("--steps", 4, *SMALL, "--output", whole) == 0
@@ -478,6 +512,10 @@ BAD = {
         ["--preset", "adakd", "--keep", "0.2"],
         r"--keep: expected none beside --preset adakd, got 0.2",
     ),
+    "no tokens listed": (["--teacher-topk", "0"], r"argument --teacher-topk: expected a whole number of at least 1"),
+    "too many listed": (["--teacher-topk", "50"], r"argument --teacher-topk: expected at most .* 24, got 50"),
+    "listed and preset": (["--teacher-topk", "5", "--preset", "adakd"], r"--teacher-topk: expected none beside --pre"),
+    "listed and sampled": (["--teacher-topk", "5", "--divergence", "sampled_reverse_kl"], r"-topk: expected none .*5"),
     "no steps": (["--steps", "0"], r"argument --steps: expected a whole number of at least 1, got '0'"),
     "half a batch": (["--batch", "1.5"], r"argument --batch: expected a whole number of at least 1, got '1.5'"),
     "negative rate": (["--lr", "-1"], r"argument --lr: expected a finite number above 0, got '-1'"),

@@ -69,6 +69,19 @@ def check_preset(given: dict, stored: dict) -> None:
             raise UsageError(f"argument --{name}: expected none beside --preset {preset}, got {given[name]!r}")
 
 
+def check_teacher(settings: Settings) -> None:
+    """A teacher of K tokens has neither temperatures nor the log-probability of every sampled token."""
+    if not settings.teacher_topk:
+        return
+    if settings.preset:
+        other = f"--preset {settings.preset}, whose temperatures need whole distributions"
+    elif settings.samples_tokens:
+        other = f"--divergence {settings.divergence}, which reads tokens that the teacher may not list"
+    else:
+        return
+    raise UsageError(f"argument --teacher-topk: expected none beside {other}, got {settings.teacher_topk}")
+
+
 def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
     """The settings, and on --resume the checkpoint to go on from; refuses an output folder that is taken."""
     from tip_kernels.opd import checkpoint
@@ -99,6 +112,7 @@ def run(options: dict) -> int:
     began = time.perf_counter()
     quiet, folder = options.get("quiet", False), Path(options.get("output", "runs/opd"))
     settings, resumed = settings_of(options, folder)
+    check_teacher(settings)
     device = pick_device(settings.device)
     task = load_task(settings.task, settings.eval_prompts)
     pair = load_pair(folder_of(settings, "teacher"), folder_of(settings, "student"), device, resumed)

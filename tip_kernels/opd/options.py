@@ -79,6 +79,8 @@ def parser() -> Parser:
     option(g, "--student", str, "checkpoint folder of the same vocabulary; it is not written to", "FOLDER")
     files = "a file of prompts (text: one a line; .jsonl: prompt and maybe answer)"
     option(g, "--task", str, f"addition, {files}, or reasoning_gym:NAME", "TASK")
+    text = "learn from the teacher's N likeliest tokens at each place, the rest as one, as a serving engine gives them"
+    option(g, "--teacher-topk", whole(1), text, "N")
     g.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
 
     g = p.add_argument_group("what is kept")

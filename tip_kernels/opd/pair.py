@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tip_kernels as tip
 from tip_kernels.opd import UsageError
+from tip_kernels.sources import rows_of
+from tip_kernels.topk import TopK
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Side:
     scale: float
     softcap: float | None
     vocab_size: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the head tells apart."""
+        return self.vocab_size or self.model.get_output_embeddings().weight.shape[0]
 
     def hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """(B, T, H) last hidden states of left-padded tokens (B, T); attention (B, T) is 0 on padding."""
@@ -41,6 +48,23 @@ class Side:
         out = self.model.get_output_embeddings()
         bias = getattr(out, "bias", None)
         return tip.Head(hidden, out.weight, bias, scale=self.scale, softcap=self.softcap, vocab_size=self.vocab_size)
+
+
+@torch.no_grad()
+def likeliest(head: tip.Head, k: int, workspace_mib: float) -> TopK:
+    """The k likeliest tokens of each row with their log-probabilities: what a serving engine would return.
+
+    Logits and log-probabilities of some rows at a time, within `workspace_mib`, at least one row.
+    """
+    rows = rows_of(head, "teacher")
+    block = max(1, int(workspace_mib * 2**20) // (8 * rows.vocab))
+    ids = torch.empty(rows.n_rows, k, dtype=torch.int64, device=rows.device)
+    logp = torch.empty(rows.n_rows, k, device=rows.device)
+    for first in range(0, rows.n_rows, block):
+        part = slice(first, min(first + block, rows.n_rows))
+        logits = torch.empty(part.stop - first, rows.vocab, device=rows.device)
+        torch.topk(rows.block(part).tile(0, rows.vocab, logits).log_softmax(-1), k, out=(logp[part], ids[part]))
+    return TopK(ids.view(*rows.batch_shape, k), logp.view(*rows.batch_shape, k))
 
 
 @dataclass(frozen=True)

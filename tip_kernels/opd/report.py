@@ -101,6 +101,7 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
         "rule": settings.preset or settings.rule,
         "keep": (counters.focus or {"keep": 1.0})["keep"] if settings.preset else settings.keep,
         "divergence": settings.divergence,
+        "teacher_topk": settings.teacher_topk,
         "seed": settings.seed,
         "output": str(output),
     }

@@ -52,6 +52,7 @@ class Settings:
     keep: float | int = 0.2
     divergence: str = "reverse_kl"
     preset: str | None = None  # takes the place of rule and keep
+    teacher_topk: int | None = None  # None: the teacher's whole distribution
     steps: int = 50
     batch: int = 128
     lr: float = 1e-3
@@ -68,6 +69,11 @@ class Settings:
     def make_rule(self, generator: torch.Generator):
         """The selection rule, which draws from `generator` where it draws at all."""
         return RULES[self.rule](self.keep, generator)
+
+    @property
+    def samples_tokens(self) -> bool:
+        """Whether the divergence reads the sampled tokens, not distributions alone."""
+        return bool(divergence_of(self.divergence).needs & {"logp_s", "logp_t"})
 
     def make_focus(self) -> AdaptiveFocus | None:
         """AdaKD's ratio of kept rows; it starts to move when the learning rate has risen, whatever --steps says."""

@@ -19,10 +19,11 @@ from torch import Tensor
 import tip_kernels as tip
 from tip_kernels.adaptive import adakd
 from tip_kernels.opd import UsageError
-from tip_kernels.opd.pair import Pair, Side
+from tip_kernels.opd.pair import Pair, Side, likeliest
 from tip_kernels.opd.rollout import Rollouts, sample
 from tip_kernels.opd.settings import Settings, divergence_of
 from tip_kernels.opd.task import Task
+from tip_kernels.topk import TopK
 
 CLIP = 1.0  # largest gradient norm
 SMALL = (
@@ -58,6 +59,11 @@ class Loop:
         self.weights = [weight for weight in pair.student.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.divergence, self.focus = divergence_of(settings.divergence), settings.make_focus()
+        tokens = pair.teacher.tokens
+        if settings.teacher_topk and settings.teacher_topk > tokens:
+            raise UsageError(
+                f"argument --teacher-topk: expected at most the vocabulary's {tokens}, got {settings.teacher_topk}"
+            )
         self.held_out = pair.encode(task.held_out, settings.chat)
         listed = pair.encode(task.listed, settings.chat)  # an unusable prompt is an error now, not in mid-run
         self.max_new_tokens = self._room(max(map(len, self.held_out + listed)))
@@ -98,7 +104,7 @@ class Loop:
         rollouts = self._complete(prompts, settings.temperature, self._generator("rollouts"))
         out = tip.distill(
             self.pair.student.head(response_states(self.pair.student, rollouts)),
-            self.pair.teacher.head(_frozen_states(self.pair.teacher, rollouts)),
+            self._teacher(rollouts),
             divergence=self.divergence,
             labels=self._labels(rollouts),
             workspace_mib=settings.workspace_mib,
@@ -121,6 +127,15 @@ class Loop:
         row |= ratio | {"kept_share": kept / rows} | _overview(out.stats, rollouts.mask)
         return row | {"grad_norm": norm, "ended": rollouts.ended.float().mean().item(), "seconds": seconds}
 
+    @torch.no_grad()
+    def _teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
+        """The teacher at every place of the completions: its head, or its likeliest tokens alone."""
+        side, settings = self.pair.teacher, self.settings
+        head = side.head(response_states(side, rollouts))
+        if settings.teacher_topk is None:
+            return head
+        return likeliest(head, settings.teacher_topk, settings.workspace_mib)
+
     def _choice(self, mask: Tensor) -> dict:
         """What distill keeps and how it weighs it: AdaKD's arguments, or a rule with a plain mean over kept tokens."""
         if self.focus:
@@ -130,7 +145,7 @@ class Loop:
 
     def _labels(self, rollouts: Rollouts) -> Tensor | None:
         """(B, L) the sampled tokens, where the divergence reads them: place i holds the one that row i predicts."""
-        if not self.divergence.needs & {"logp_s", "logp_t"}:
+        if not self.settings.samples_tokens:
             return None
         return torch.where(rollouts.mask, rollouts.completions, -100)
 
@@ -200,13 +215,11 @@ def response_states(side: Side, rollouts: Rollouts) -> Tensor:
     return states[:, rollouts.prompt_width - 1 :]
 
 
-@torch.no_grad()
-def _frozen_states(side: Side, rollouts: Rollouts) -> Tensor:
-    return response_states(side, rollouts)
-
-
 def _overview(stats: tip.TokenStats, mask: Tensor) -> dict:
-    """Means over the response tokens: entropy and KL(student || teacher) in nats, and the share of each quadrant."""
+    """Means over the response tokens: entropy and KL(student || teacher) in nats, and the share of each quadrant.
+
+    With a teacher of K tokens the KL is between what it lists and the rest as one: a lower bound.
+    """
     rows = mask.flatten()
     shares = torch.bincount(tip.quadrants(stats, row_mask=mask)[rows].long(), minlength=5).float() / rows.sum()
     overview = {"entropy": stats.entropy_s[rows].mean().item(), "kl_rev": stats.kl_rev[rows].mean().item()}
