@@ -220,7 +220,7 @@ def test_rules_that_need_a_k_carry_it_and_choose_what_the_logits_say():
 def test_broken_rows_are_in_no_population_that_reads_them():
     s, t = ordinary(6, 40)
     s[1, 3], t[2, 3] = NAN, NAN
-    stats = tip.token_stats(s, t, labels=torch.zeros(6, dtype=torch.int64), top_k=5)
+    stats = tip.token_stats(s, t, labels=torch.zeros(6, dtype=torch.int64), top_k=16)
     for rule in RULES:
         kept = rule(stats)
         broken = [False] * 6 if isinstance(rule, PositionPrefix) else [False, True, True, False, False, False]
@@ -332,3 +332,19 @@ def test_the_capacity_bounds_the_kept_rows(rule):
 def test_a_bad_rule_is_refused_when_it_is_made(make, argument):
     with pytest.raises(ValueError, match=f"^{argument}: expected .*got"):
         make()
+
+
+@pytest.mark.parametrize("rule", [tip.GreedyAgreement(3), tip.Teachability(0.2, top_k=4)])
+def test_distill_measures_the_top_k_that_a_rule_reads(rule):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 30, 100, requires_grad=True), torch.randn(2, 30, 100)
+    out = tip.distill(student, teacher, select=rule)
+    expected = rule(tip.token_stats(student.detach(), teacher, top_k=rule.top_k))
+    assert torch.equal(out.kept.mask, expected.mask)
+
+
+def test_statistics_of_another_top_k_are_refused():
+    stats = tip.token_stats(torch.randn(5, 40), torch.randn(5, 40), top_k=2)
+    for rule in (tip.GreedyAgreement(3), tip.Teachability(0.2, top_k=4)):
+        with pytest.raises(ValueError, match="stats: expected statistics measured with"):
+            rule(stats)

@@ -44,6 +44,7 @@ from tip_kernels.select_papers import (
 )
 from tip_kernels.sources import Head
 from tip_kernels.stats import TokenStats, token_stats
+from tip_kernels.topk import TopK
 
 __all__ = [
     "JSD",
@@ -80,6 +81,7 @@ __all__ = [
     "TopDivergence",
     "TopEntropy",
     "TopHellinger",
+    "TopK",
     "TopMargin",
     "adakd",
     "backend",

@@ -182,6 +182,7 @@ class _Batch:
         self.student, self.teacher, self.labels, self.workspace = student, teacher, labels, workspace
         self.n_rows = student.n_rows
         self.units = 0.0
+        self.top_k = 0
         self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
         if row_mask is None:
             row_mask = torch.ones(self.n_rows, dtype=torch.bool, device=student.device)
@@ -198,6 +199,7 @@ class _Batch:
         self, rule: Rule, divergence: Divergence, temperature: float | Tensor, everything: bool
     ) -> TokenStats:
         """The statistics that the rule reads, and those of the loss where they come with them."""
+        self.top_k = getattr(rule, "top_k", 0)
         want = rule.needs | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
         with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
         if self.labels is not None:
@@ -207,7 +209,7 @@ class _Batch:
         measured = self._measure(self.trainable, want, temperature, with_teacher) if want else {}
         if self.trainable is not None:
             measured = {name: _scattered(value, self.trainable, self.n_rows) for name, value in measured.items()}
-        return stats_record(measured, self.student, temperature, self.labels)
+        return stats_record(measured, self.student, temperature, self.labels, self.top_k)
 
     def measure_late(self, ids: Tensor, want: frozenset[str], temperature: float | Tensor) -> dict[str, Tensor]:
         """What the loss needs of the kept rows alone."""
@@ -233,6 +235,7 @@ class _Batch:
             rows=ids,
             labels=self.labels,
             temperature=temperature,
+            top_k=self.top_k if want & TOP_FIELDS else 0,
             workspace=self.workspace,
         )
         self.count(ids, len(with_logits(self.student, self.teacher if with_teacher else None)))
@@ -250,7 +253,7 @@ class _Batch:
         """stats with the fields that were measured only of kept rows, NaN in the others."""
         here = {name: stats._get(name) for name in (*_FIELDS, *stats._blends) if stats._get(name) is not None}
         late = {name: _scattered(value, ids, self.n_rows) for name, value in at_rows.items() if name not in here}
-        return stats_record(here | late, self.student, stats._temperature, self.labels)
+        return stats_record(here | late, self.student, stats._temperature, self.labels, self.top_k)
 
     def slots(self, kept: Kept, rule: Rule, rollout_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Kept row ids and which of them are real: exact on a CPU, else as many slots as the rule may need."""

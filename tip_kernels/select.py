@@ -93,6 +93,7 @@ class Rule:
         Raises ValueError for a needed field that is None, and for a wrong shape, dtype or device.
         """
         shape, device = _layout(stats, row_mask)
+        self._check(stats)
         population = _unmasked(row_mask, shape, device)
         group = _rollouts(rollout_ids, shape, device)
         values = {name: _statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
@@ -112,6 +113,9 @@ class Rule:
         n_groups  the number of scope groups (rollouts, unless scope is "batch"); None if unknown
         """
         return n_rows
+
+    def _check(self, stats: TokenStats) -> None:
+        """Refuses statistics that were measured in a way that does not fit the rule."""
 
     def _scores(self, values: dict[str, Tensor], population: Tensor) -> Tensor:
         """(N,) float, from the (N,) fp32 statistics in `needs`; anything outside the population."""

@@ -91,6 +91,10 @@ class Teachability(QuotaRule):
     def needs(self) -> frozenset[str]:
         return frozenset({self.by, "mass_t_on_top_s"})
 
+    def _check(self, stats):
+        ok = stats._top_k in (0, self.top_k)  # 0: statistics that were not measured here
+        expect(ok, "stats", f"statistics measured with top_k={self.top_k}", stats._top_k)
+
     def _scores(self, values, population):
         d, c = (_between_quantiles(values[name], population) for name in (self.by, "mass_t_on_top_s"))
         return (d * c).float()
@@ -123,6 +127,10 @@ class GreedyAgreement(Rule):
         if self.other_weight is not None:
             inside = 0 < finite_number("other_weight", self.other_weight) < 1
             expect(inside, "other_weight", "None or a number in (0, 1)", self.other_weight)
+
+    def _check(self, stats):
+        ok = stats._top_k == 0 or stats._top_k >= self.top_k  # 0: statistics that were not measured here
+        expect(ok, "stats", f"statistics measured with a top_k of at least {self.top_k}", stats._top_k)
 
     def _scores(self, values, population):
         accepted = values["rank_t_of_argmax_s"] < self.top_k

@@ -58,6 +58,7 @@ class TokenStats:
     _vocab: int = field(default=0, repr=False)
     _batch_shape: tuple[int, ...] = field(default=(), repr=False)  # (N,) or (B, T)
     _labels: Tensor | None = field(default=None, repr=False)  # (N,) int64
+    _top_k: int = field(default=0, repr=False)  # of the top-k statistics
     _blends: dict[Blend, Tensor] = field(default_factory=dict, repr=False)  # ln sum p_t^a p_s^b, each (N,)
 
     def _get(self, name: str | Blend) -> Tensor | None:
@@ -117,7 +118,7 @@ def token_stats(
     labels = check_labels(labels, rows_s)
     workspace = workspace_bytes(workspace_mib)
     measured = measure(rows_s, rows_t, want, labels=labels, temperature=temperature, top_k=top_k, workspace=workspace)
-    return stats_record(measured, rows_s, temperature, labels)
+    return stats_record(measured, rows_s, temperature, labels, top_k)
 
 
 def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
@@ -136,7 +137,11 @@ def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
 
 
 def stats_record(
-    measured: dict[str | Blend, Tensor], rows: Rows, temperature: float | Tensor, labels: Tensor | None = None
+    measured: dict[str | Blend, Tensor],
+    rows: Rows,
+    temperature: float | Tensor,
+    labels: Tensor | None = None,
+    top_k: int = 0,
 ) -> TokenStats:
     """A TokenStats from measured (N,) tensors."""
     blends = {name: value for name, value in measured.items() if isinstance(name, Blend)}
@@ -147,5 +152,6 @@ def stats_record(
         _vocab=rows.vocab,
         _batch_shape=rows.batch_shape,
         _labels=labels,
+        _top_k=top_k,
         _blends=blends,
     )

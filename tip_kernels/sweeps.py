@@ -1,0 +1,357 @@
+"""The sweeps over kept rows: row sums that a class-B divergence needs, and the gradient of the student's source.
+
+S kept rows, V vocabulary, C columns of a tile, R rows of a block, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tip_kernels.divergences import Divergence
+from tip_kernels.eager import row_grad
+from tip_kernels.measure import IGNORE_LABEL, columns_of, is_read_in_place, tile_shape, with_logits
+from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
+from tip_kernels.topk import TopKRows, add_columns, hide_columns
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The label loss of kept rows, at temperature 1."""
+
+    weight: float
+    at_rows: Mapping[str, Tensor]  # (S,) shift_s, logsum_s and logp_s at temperature 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What every sweep over kept rows shares: the rows, both models' normalisers, and how tiles are made."""
+
+    ids: Tensor  # (S,) int64
+    normalisers: Mapping[str, Tensor]  # (S,) shift and logsum of both models
+    temperature: float | Tensor  # or (S,)
+    workspace: int
+    backend: str
+
+    def restricted_to(self, places: Tensor) -> Sweep:
+        return replace(
+            self,
+            ids=self.ids[places],
+            normalisers=_at(self.normalisers, places),
+            temperature=self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature,
+        )
+
+    def blocks(self, sources: list[Rows], buffers: int, slice_width: int = 0) -> tuple[list[slice], int, list[Tensor]]:
+        """The blocks of rows, the columns of a tile, and a buffer for each source's tiles of logits."""
+        n_rows = self.ids.numel()
+        block, columns = tile_shape(n_rows, sources, self.workspace, buffers, slice_width=slice_width)
+        parts = [slice(r0, min(r0 + block, n_rows)) for r0 in range(0, n_rows, block)]
+        return parts, columns, [torch.empty(block * columns, device=source.device) for source in sources]
+
+    def temperature_at(self, part: slice) -> float | Tensor:
+        return self.temperature[part].unsqueeze(1) if isinstance(self.temperature, Tensor) else self.temperature
+
+    def columns_at(self, part: slice) -> dict[str, Tensor]:
+        return {name: value[part].unsqueeze(1) for name, value in self.normalisers.items()}
+
+    @torch.no_grad()
+    def row_sums(self, student: Rows, teacher: Rows, terms: list[Divergence]) -> dict[Divergence, dict[str, Tensor]]:
+        """The row sums of class-B divergences, each {name: (S,)}, by one sweep; nothing is swept without any."""
+        if not terms:
+            return {}
+        asked = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in terms]
+        parts, columns, buffers = self.blocks([student, teacher], buffers=8)
+        done: list[list[dict[str, Tensor]]] = []
+        with torch.autocast(student.device.type, enabled=False):
+            for part in parts or [slice(0, 0)]:
+                blocks = [student.block(self.ids[part]), teacher.block(self.ids[part])]
+                tau, rows = self.temperature_at(part), self.columns_at(part)
+                totals: list[dict[str, Tensor]] = []
+                for v0, v1 in columns_of(student.vocab, columns):
+                    z_s, z_t = _tiles(blocks, [None, None], buffers, v0, v1)
+                    sums = row_grad.row_sums(_over(z_s, tau), _over(z_t, tau), asked, rows)
+                    totals = (
+                        [{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums
+                    )
+                done.append(totals)
+        return {
+            term: {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]}
+            for i, term in enumerate(terms)
+        }
+
+
+@dataclass(frozen=True)
+class LeafSweep:
+    """Carries the gradient of something of each row to the student's leaves, the vocabulary in the outer loop.
+
+    Each slice of d(weight) is complete when its tile is done and is written once; d(hidden) accumulates in fp32.
+    """
+
+    sweep: Sweep
+    grad_logits: str
+
+    def live(self, upstream: Tensor) -> Tensor:
+        """(S,) bool: rows whose gradient is not 0."""
+        raise NotImplementedError
+
+    def restricted_to(self, places: Tensor) -> LeafSweep:
+        raise NotImplementedError
+
+    def dlogits_tile(
+        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+    ) -> Tensor:
+        """d(logits before scale and softcap) of one tile (R, C), fp32; z are the sources' tiles, overwritten."""
+        raise NotImplementedError
+
+    def fill_rows(
+        self, student: Rows, teacher: Rows | TopKRows, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool
+    ) -> bool:
+        """Writes the gradient of logits in memory at once, where a kernel can; tells whether it did."""
+        return False
+
+    def run(
+        self, student: Rows, teacher: Rows | TopKRows, upstream: Tensor, need: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Gradients of the student's leaves, None where not needed."""
+        live = self.live(upstream)
+        task, dead = self, None
+        if upstream.device.type == "cpu":
+            places = live.nonzero().squeeze(1)
+            task, upstream = self.restricted_to(places), upstream[places]
+        else:
+            dead = (~live).unsqueeze(1)  # dropping rows would have to wait for the device
+        if isinstance(student, HeadRows):
+            return task._through_head(student, teacher, upstream, need, dead)
+        return task._to_logits(student, teacher, upstream, dead)
+
+    def _to_logits(
+        self, student: LogitRows, teacher: Rows | TopKRows, upstream: Tensor, dead: Tensor | None
+    ) -> list[Tensor]:
+        sources = with_logits(student, teacher)
+        parts, columns, buffers = self.sweep.blocks(sources, buffers=7)
+        all_ids, leaf, matrix = self.sweep.ids, student.leaves[0], student.matrix
+        places = None if self.grad_logits == "compact" else all_ids
+        if self.grad_logits == "inplace":
+            out = matrix
+        elif matrix is not None and self.grad_logits == "dense":
+            out = torch.zeros_like(matrix)
+        else:
+            out = leaf.new_zeros(student.n_rows if self.grad_logits == "dense" else all_ids.numel(), student.vocab)
+        if not self.fill_rows(student, teacher, upstream, dead, out, scatter=places is not None):
+            for v0, v1 in columns_of(student.vocab, columns):
+                weights = [_weight_tile(source, v0, v1) for source in sources]
+                for part in parts:
+                    ids = all_ids[part]
+                    z = _tiles([source.block(ids) for source in sources], weights, buffers, v0, v1)
+                    g = self.dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
+                    if places is None:
+                        out[part, v0:v1] = g
+                    else:
+                        out[:, v0:v1].index_copy_(0, places[part], g)
+        if self.grad_logits == "inplace":
+            others = torch.ones(matrix.shape[0], 1, dtype=torch.bool, device=matrix.device).index_fill_(
+                0, all_ids, False
+            )
+            out.masked_fill_(others, 0.0)
+        if self.grad_logits == "compact":
+            out = torch.sparse_coo_tensor(
+                all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
+            )
+        return [out.view(leaf.shape) if matrix is None else out]
+
+    def _through_head(
+        self, student: HeadRows, teacher: Rows | TopKRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
+    ) -> list[Tensor | None]:
+        sources = with_logits(student, teacher)
+        parts, columns, buffers = self.sweep.blocks(sources, buffers=7, slice_width=student.width)
+        all_ids, device, width = self.sweep.ids, student.device, student.width
+        need_hidden, need_weight, need_bias = (*need, False)[:3]
+        dhidden = torch.zeros(all_ids.numel(), width, device=device) if need_hidden else None
+        dweight = torch.zeros_like(student.weight) if need_weight else None
+        dbias = torch.zeros_like(student.bias) if need_bias else None
+        for v0, v1 in columns_of(student.vocab, columns):
+            weights = [_weight_tile(source, v0, v1) for source in sources]
+            if need_weight:
+                in_place = dweight.dtype == torch.float32
+                dweight_slice = dweight[v0:v1] if in_place else torch.zeros(v1 - v0, width, device=device)
+            dbias_slice = torch.zeros(v1 - v0, device=device) if need_bias else None
+            for part in parts:
+                blocks = [source.block(all_ids[part]) for source in sources]
+                z = _tiles(blocks, weights, buffers, v0, v1)
+                g = self.dlogits_tile(student, z, part, v0, upstream, dead)
+                if need_bias:
+                    dbias_slice += g.sum(0)
+                g = g.to(weights[0].dtype)
+                if need_weight:
+                    hidden = blocks[0].hidden
+                    _add_product(dweight_slice, g.t(), hidden if dead is None else hidden.masked_fill(dead[part], 0.0))
+                if need_hidden:
+                    _add_product(dhidden[part], g, weights[0])
+            if need_weight and not in_place:
+                dweight[v0:v1] = dweight_slice
+            if need_bias:
+                dbias[v0:v1] = dbias_slice
+            weights = dweight_slice = None  # released before the next ones are made
+        if need_hidden:
+            full = torch.zeros_like(student.hidden)
+            dhidden = full.index_copy_(0, all_ids, dhidden.to(full.dtype))
+        return [dhidden, dweight, dbias][: len(need)]
+
+
+@dataclass(frozen=True)
+class GradientSweep(LeafSweep):
+    """The gradient of sum_i upstream[i] * loss of row ids[i]; upstream is (S,)."""
+
+    terms: list[row_grad.Term]
+    factor: Tensor  # (S,)
+    finite: Tensor  # (S,) bool: a row whose loss is infinite or NaN has gradient 0
+    labels: Tensor | None  # (S,)
+    ce: CrossEntropy | None
+    clipped: bool
+
+    def live(self, upstream: Tensor) -> Tensor:
+        return (upstream != 0) & self.finite
+
+    def restricted_to(self, places: Tensor) -> GradientSweep:
+        return GradientSweep(
+            self.sweep.restricted_to(places),
+            self.grad_logits,
+            [term._replace(rows=_at(term.rows, places)) for term in self.terms],
+            self.factor[places],
+            self.finite[places],
+            None if self.labels is None else self.labels[places],
+            None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
+            self.clipped,
+        )
+
+    def fill_rows(
+        self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool
+    ) -> bool:
+        plain = self.ce is None and self.labels is None and is_read_in_place(student) and is_read_in_place(teacher)
+        if self.sweep.backend != "triton" or not plain:
+            return False
+        weights = upstream * self.factor if dead is None else (upstream * self.factor).masked_fill(dead[:, 0], 0.0)
+        where = {"row_ids": self.sweep.ids, "out": out, "scatter": scatter}
+        self._kernel(student.matrix, teacher.matrix, slice(None), weights, **where)
+        return True
+
+    def dlogits_tile(
+        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+    ) -> Tensor:
+        z_s, z_t = z
+        up = upstream[part] * student.scale
+        slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
+        dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, v0)
+        g = self._divergence_gradient(z_s, z_t, part, up * self.factor[part])
+        for term in self.terms:
+            if "label_factor" in term.rows:
+                value = term.weight * term.rows["label_factor"][part] * up * self.factor[part]
+                value = value.unsqueeze(1) / self.sweep.temperature_at(part)
+                add_columns(g, self.labels[part].unsqueeze(1), v0, value)
+        if self.clipped:  # a clipped row may be an infinite one, whose g is not finite
+            g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
+        if dce is not None:
+            g.add_(dce.mul_(up.unsqueeze(1)))
+        if slope is not None:
+            g.mul_(slope)
+        return g if dead is None else g.masked_fill_(dead[part], 0.0)
+
+    def _divergence_gradient(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor) -> Tensor:
+        """weights * d(divergence)/dz of one tile (R, C); weights is (R,)."""
+        if self.sweep.backend == "triton":
+            return self._kernel(z_s, z_t, part, weights, out=torch.empty_like(z_s))
+        tau = self.sweep.temperature_at(part)
+        terms = [term._replace(rows={k: v[part].unsqueeze(1) for k, v in term.rows.items()}) for term in self.terms]
+        g = row_grad.dlogits(_over(z_s, tau), _over(z_t, tau), terms, self.sweep.columns_at(part))
+        return g.mul_(weights.unsqueeze(1) / tau)
+
+    def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: Tensor | bool) -> Tensor:
+        """The same by the Triton kernel, which reads tiles or whole rows."""
+        from tip_kernels.kernels import row_grad as kernels
+
+        terms = [kernels.Term(term.weight, term.name, term.params, _at(term.rows, part)) for term in self.terms]
+        tau = self.sweep.temperature
+        tau = tau[part] if isinstance(tau, Tensor) else tau
+        return kernels.row_grad(z_s, z_t, weights, _at(self.sweep.normalisers, part), terms, temperature=tau, **where)
+
+    def _cross_entropy_tile(self, z_s: Tensor, part: slice, v0: int) -> Tensor:
+        """ce.weight * (p_s - one-hot(label)) at temperature 1, 0 in rows without a label."""
+        shift, logsum = (self.ce.at_rows[name][part].unsqueeze(1) for name in ("shift_s", "logsum_s"))
+        weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * self.ce.weight
+        tile = row_grad.exp(row_grad.log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
+        add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)
+        return tile
+
+
+@dataclass(frozen=True)
+class OutcomeSweep(LeafSweep):
+    """The gradient of sum upstream * logits of outcomes; upstream is (S, K + 1), with one column more for labels.
+
+    The normalisers of its sweep are those of the rest, over which the gradient of column K is spread.
+    """
+
+    listed: Tensor  # (S, K) token ids
+    labels: Tensor | None  # (S,)
+
+    def live(self, upstream: Tensor) -> Tensor:
+        return (upstream != 0).any(1)
+
+    def restricted_to(self, places: Tensor) -> OutcomeSweep:
+        labels = None if self.labels is None else self.labels[places]
+        return OutcomeSweep(self.sweep.restricted_to(places), self.grad_logits, self.listed[places], labels)
+
+    def dlogits_tile(
+        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+    ) -> Tensor:
+        (tile,), up = z, upstream[part] * student.scale
+        listed, k = self.listed[part], self.listed.shape[1]
+        slope = None if student.softcap is None else 1 - (tile / student.softcap).square_()
+        hide_columns(tile, listed, v0)
+        rest = self.sweep.columns_at(part)
+        g = row_grad.exp(row_grad.log_probabilities(tile, rest["shift_rest"], rest["logsum_rest"]))
+        g.mul_(up[:, k : k + 1])
+        add_columns(g, listed, v0, up[:, :k])
+        if self.labels is not None:
+            add_columns(g, self.labels[part].unsqueeze(1), v0, up[:, k + 1 :])
+        if slope is not None:
+            g.mul_(slope)
+        return g if dead is None else g.masked_fill_(dead[part], 0.0)
+
+
+def _at(values: Mapping[str, Tensor], places: Tensor | slice) -> dict[str, Tensor]:
+    return {name: value[places] for name, value in values.items()}
+
+
+def _over(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """z / temperature, in place."""
+    return z if isinstance(temperature, float) and temperature == 1.0 else z.div_(temperature)
+
+
+def _tiles(
+    blocks: list[LogitBlock | HeadBlock],
+    weights: list[Tensor | None],
+    buffers: list[Tensor],
+    v0: int,
+    v1: int,
+) -> list[Tensor]:
+    """Logit tiles (R, C) of each source in the buffers, after scale and softcap, at temperature 1."""
+    n_rows = blocks[0].n_rows
+    return [
+        block.tile(v0, v1, buffer[: n_rows * (v1 - v0)].view(n_rows, v1 - v0), weight)
+        for block, buffer, weight in zip(blocks, buffers, weights, strict=True)
+    ]
+
+
+def _weight_tile(source: Rows, v0: int, v1: int) -> Tensor | None:
+    return source.weight_tile(v0, v1) if isinstance(source, HeadRows) else None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, accumulated in out's fp32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b, out_dtype=torch.float32)
