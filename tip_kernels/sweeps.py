@@ -68,11 +68,10 @@ class Sweep:
         with torch.autocast(student.device.type, enabled=False):
             for part in parts or [slice(0, 0)]:
                 blocks = [student.block(self.ids[part]), teacher.block(self.ids[part])]
-                tau, rows = self.temperature_at(part), self.columns_at(part)
                 totals: list[dict[str, Tensor]] = []
                 for v0, v1 in columns_of(student.vocab, columns):
                     z_s, z_t = _tiles(blocks, [None, None], buffers, v0, v1)
-                    sums = row_grad.row_sums(_over(z_s, tau), _over(z_t, tau), asked, rows)
+                    sums = self._tile_sums(z_s, z_t, asked, part)
                     totals = (
                         [{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums
                     )
@@ -81,6 +80,15 @@ class Sweep:
             term: {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]}
             for i, term in enumerate(terms)
         }
+
+    def _tile_sums(self, z_s: Tensor, z_t: Tensor, terms: list[row_grad.Term], part: slice) -> list[dict[str, Tensor]]:
+        if self.backend == "triton":
+            from tip_kernels.kernels.row_sums import row_sums
+
+            tau = self.temperature[part] if isinstance(self.temperature, Tensor) else self.temperature
+            return row_sums(z_s, z_t, _at(self.normalisers, part), terms, temperature=tau)
+        tau = self.temperature_at(part)
+        return row_grad.row_sums(_over(z_s, tau), _over(z_t, tau), terms, self.columns_at(part))
 
 
 @dataclass(frozen=True)
