@@ -62,6 +62,7 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     import torch
 
     from tip_kernels.kernels._family import KINDS
+    from tip_kernels.kernels.linear_stats import linear_stats
     from tip_kernels.kernels.row_grad import Label, Term, row_grad
     from tip_kernels.kernels.row_stats import row_stats
     from tip_kernels.kernels.row_sums import row_sums
@@ -91,6 +92,17 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
         return row_sums(*pair(), EveryRow(shift_s=vector()), terms(name))
 
     jeffreys = "forward_kl+reverse_kl"
+
+    def head(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.empty(n, width, dtype=bf16, device="meta") for n in (4096, VOCAB))
+
+    def linear(teacher: bool, bias: bool = False, **settings) -> dict[str, torch.Tensor]:
+        biases = (
+            {f"bias_{m}": torch.empty(VOCAB, dtype=bf16, device="meta") for m in "st"[: 1 + teacher]} if bias else {}
+        )
+        return linear_stats(*head(2048), *(head(4096) if teacher else ()), **biases, **settings)
+
+    heads = {"bf16": {}, "bf16 bias softcap": {"bias": True, "softcap_s": 30.0, "softcap_t": 30.0}}
     class_b = [name for name, (_, _, names) in KINDS.items() if names]
     label = Label(vector(torch.int64), vector())
     cross_entropy = Label(vector(torch.int64), vector(), vector(), vector(), vector())
@@ -126,6 +138,8 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
         "reverse_kl bf16 cross-entropy": (lambda: grad("reverse_kl", *pair(), label=cross_entropy), 4),
         **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in ("hellinger_sq", "renyi", "alpha_beta")},
         **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in class_b},
+        **{f"joint {name}": (partial(linear, True, **options), 0) for name, options in heads.items()},
+        **{f"alone {name}": (partial(linear, False, **options), 0) for name, options in heads.items()},
         **{f"{name} sums bf16": (partial(sums, name), 4) for name in class_b},
     }
 
@@ -213,7 +227,7 @@ def _amd_load_bits(text: str) -> int:
 
 
 def read_nvidia(cubin: bytes) -> tuple[dict[str, int], list[Loop], str]:
-    """(registers, spill, stack, shared), loops and listing of a cubin."""
+    """(registers, spill, stack), loops and listing of a cubin."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -235,7 +249,6 @@ def read_nvidia(cubin: bytes) -> tuple[dict[str, int], list[Loop], str]:
         "registers": used["REG"],
         "spill_bytes": spill,
         "stack_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": used["SHARED"],
     }
     return stats, loops, listing
 
@@ -251,9 +264,8 @@ def read_amd(listing: str) -> tuple[dict[str, int], list[Loop], str]:
     )
     stats = {
         "registers": field("vgpr_count"),
-        "spill_bytes": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+        "spill_bytes": 4 * field("vgpr_spill_count"),  # scalar registers spill to lanes of vector registers
         "stack_bytes": field("private_segment_fixed_size"),
-        "shared_bytes": field("group_segment_fixed_size"),
     }
     return stats, loops, listing
 
@@ -268,7 +280,7 @@ def measure(kernel: str, variant: str, target: str, compiled: object, pair_bytes
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{stem}.{'hsaco' if amd else 'cubin'}").write_bytes(binary)
         (save / f"{stem}.{'s' if amd else 'sass'}").write_text(listing)
-    streams = kernel not in ("finish_kernel", "add_parts_kernel")
+    streams = kernel in ("fold_kernel", "grad_kernel", "sums_kernel")
     stream = max(loops, key=lambda loop: (loop.load_bits, -loop.instructions), default=None) if streams else None
     pairs = stream.load_bits / (8 * pair_bytes) if stream else 0
     return Row(
@@ -277,6 +289,7 @@ def measure(kernel: str, variant: str, target: str, compiled: object, pair_bytes
         target,
         instr_per_pair=round(stream.instructions / pairs, 2) if pairs else None,
         load_bits=stream.narrowest if pairs else None,
+        shared_bytes=compiled.metadata.shared,
         **stats,
     )
 

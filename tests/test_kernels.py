@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, ordinary
+from _cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, normal, ordinary
 from torch import Tensor
 
 import reference as ref
 from reference import divergences
 from tip_kernels.kernels._family import KINDS
+from tip_kernels.kernels.linear_stats import linear_stats
 from tip_kernels.kernels.row_grad import CHUNK, Label, Term, row_grad
 from tip_kernels.kernels.row_stats import PART, finish, fold_tile, new_state, row_stats
 from tip_kernels.kernels.row_sums import row_sums
@@ -229,6 +230,52 @@ def test_row_stats_reads_nothing_that_it_did_not_write():
     finally:
         torch.use_deterministic_algorithms(False)
     hold(stats, z_s, z_t)
+
+
+# ---- measure from hidden states
+
+
+def heads(n_rows: int, vocab: int, width: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return normal(n_rows, width, seed=seed).to(dtype), (2 * width**-0.5 * normal(vocab, width, seed=seed + 1)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda"), ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.7, "softcap_s": 5.0}, {"bias": True}], ids=str)
+def test_linear_stats_is_no_worse_than_eager_fp32(dtype, options):
+    """Widths below, beside and above a step, two row blocks, a ragged vocabulary; the bias bans tokens."""
+    student, teacher = heads(20, 700, 40, 1, dtype), heads(20, 700, 64, 3, dtype)
+    bias_s = bias_t = None
+    if options.pop("bias", False):
+        bias_s, bias_t = normal(700, seed=5).to(dtype), normal(700, seed=6).to(dtype)
+        bias_s[7] = bias_t[7] = bias_t[11] = -INF
+    place = [x if x is None else x.to(DEVICE) for x in (*student, *teacher, bias_s, bias_t)]
+    stats = linear_stats(*place[:4], bias_s=place[4], bias_t=place[5], **options)
+    alone = linear_stats(*place[:2], bias_s=place[4], **options)
+
+    def logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tau = options.get("temperature", 1.0)
+        z_s, z_t = (ref.logits(h.to(dtype), w.to(dtype)) for h, w in (student, teacher))
+        if bias_s is not None:
+            z_s, z_t = z_s + bias_s.to(dtype), z_t + bias_t.to(dtype)
+        if "softcap_s" in options:
+            z_s = 5 * torch.tanh(z_s / 5)
+        return z_s / tau, z_t / tau
+
+    truth, eager = (ref.token_stats(*logits(dtype)) for dtype in (torch.float64, torch.float32))
+    for name, value in truth.items():
+        if value is not None:
+            no_worse(stats[name].cpu(), eager[name], value, name, 4e-6)
+            if name in alone:
+                no_worse(alone[name].cpu(), eager[name], value, name, 4e-6)
+
+
+def test_linear_stats_takes_no_rows_and_names_what_does_not_fit():
+    hidden, weight = (x.to(DEVICE) for x in heads(3, 600, 32, 1, torch.float16))
+    assert linear_stats(hidden[:0], weight)["lse_s"].shape == (0,)
+    with pytest.raises(ValueError, match="weight_s must have shape"):
+        linear_stats(hidden, weight[:, :16])
+    with pytest.raises(ValueError, match="hidden_s must have rows of unit stride that start at multiples of 16 bytes"):
+        linear_stats(hidden[:, 1:9], weight[:, :8].contiguous())
 
 
 # ---- learn
@@ -532,7 +579,7 @@ def test_bad_input_is_named():
 # ---- compiled without a GPU
 
 
-def compiled_rows(tmp_path: Path, targets: list[str], variants: list[str]) -> list[dict]:
+def compiled_rows(tmp_path: Path, targets: list[str], variants: list[str], save: Path | None = None) -> list[dict]:
     triton = pytest.importorskip("triton")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not all((tools / name).exists() for name in ("ptxas", "cuobjdump", "nvdisasm")):
@@ -551,6 +598,7 @@ def compiled_rows(tmp_path: Path, targets: list[str], variants: list[str]) -> li
         "--only",
         *variants,
     ]
+    command += ["--save", str(save)] if save else []
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TABLE.parents[2])
     assert file.exists(), run.stderr[-2000:]
     return json.loads(file.read_text())
@@ -581,6 +629,13 @@ def test_compiled_kernels_do_not_regress(tmp_path):
         assert row["registers"] <= was["registers"] + 32, (row, was)
         if row["instr_per_pair"] is not None:
             assert row["instr_per_pair"] <= 1.1 * was["instr_per_pair"], (row, was)  # compilers differ by 6 %
+
+
+def test_fused_product_uses_hopper_matrix_units_and_bulk_copies(tmp_path):
+    (row,) = [r for r in compiled_rows(tmp_path, ["sm_90"], ["joint bf16"], tmp_path) if r["kernel"] == "linear_kernel"]
+    assert row["spill_bytes"] == row["stack_bytes"] == 0
+    listing = (tmp_path / "linear_kernel-joint-bf16-sm_90.sass").read_text()
+    assert "HGMMA" in listing and "UTMALDG" in listing and "HMMA." not in listing.replace("HGMMA.", "")
 
 
 COUNT = """

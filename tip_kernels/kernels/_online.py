@@ -202,29 +202,37 @@ def close_pair(lanes):
     return pair, tl.max(lanes.far) < -0.5 * FLOOR
 
 
-# ---- fold: one tile into scalars, whatever is in it
+# ---- fold: one tile into scalars (AXIS 0), or a block of rows into one state a row (AXIS 1), whatever is in it
 
 
 @triton.jit
-def tile_one(y, unit):
-    """State of one model over one tile of logits y in units of 1/unit. Returns (One, u, h, e, banned)."""
-    x = y * unit
-    banned = x <= FLOOR
-    shift = grid_ceil(tl.max(tl.maximum(x, FLOOR)))
-    u = tl.where(banned, FLOOR, tl.fma(y, unit, -shift))
+def across(x, AXIS: tl.constexpr):
+    """A number a row, ready to meet the tile."""
+    if AXIS == 0:
+        return x
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def tile_one(y, unit, banned, AXIS: tl.constexpr = 0):
+    """State of one model over one tile of logits y in units of 1/unit. Returns (One, u, h, e)."""
+    most = tl.max(tl.maximum(tl.where(banned, FLOOR, y * across(unit, AXIS)), FLOOR), AXIS)
+    shift = grid_ceil(most)
+    u = tl.where(banned, FLOOR, tl.fma(y, across(unit, AXIS), -across(shift, AXIS)))
     h = tl.exp2(u)
     e = h * h
-    return One(shift, tl.sum(e), tl.sum(e * u)), u, h, e, banned
+    return One(shift, tl.sum(e, AXIS), tl.sum(e * u, AXIS)), u, h, e
 
 
 @triton.jit
-def tile_pair(u_s, h_s, e_s, banned_s, u_t, h_t, e_t, banned_t):
+def tile_pair(u_s, h_s, e_s, banned_s, u_t, h_t, e_t, banned_t, AXIS: tl.constexpr = 0):
     """State of a pair over one tile; a token banned in either model adds no drift, only its flag."""
     d = tl.where(banned_s | banned_t, 0.0, u_t - u_s)
     g = h_t - h_s
-    ban_s = tl.max(tl.where(banned_s & (banned_t == 0), 1.0, 0.0))
-    ban_t = tl.max(tl.where(banned_t & (banned_s == 0), 1.0, 0.0))
-    return Pair(tl.sum(e_t * d), tl.sum(e_s * d), tl.sum(g * g), ban_s, ban_t)
+    ban_s = tl.max(tl.where(banned_s & (banned_t == 0), 1.0, 0.0), AXIS)
+    ban_t = tl.max(tl.where(banned_t & (banned_s == 0), 1.0, 0.0), AXIS)
+    return Pair(tl.sum(e_t * d, AXIS), tl.sum(e_s * d, AXIS), tl.sum(g * g, AXIS), ban_s, ban_t)
 
 
 @triton.jit

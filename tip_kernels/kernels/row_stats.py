@@ -153,14 +153,16 @@ def _part_tiles(s, t, one_s, one_t, pair, top_s, top_t, begin, end, MARGINS: tl.
     lane = tl.arange(0, TILE)
     for column in range(begin, end, TILE):
         y_s = _tile(s, column, lane, end)
-        new_s, u_s, h_s, e_s, banned_s = tile_one(y_s, s.unit)
+        banned_s = y_s * s.unit <= FLOOR
+        new_s, u_s, h_s, e_s = tile_one(y_s, s.unit, banned_s)
         if MARGINS:
             top_s = merge_top(top_s, tile_top(y_s, column, lane))
         if t.row is None:
             one_s = merge_one(one_s, new_s)
         else:
             y_t = _tile(t, column, lane, end)
-            new_t, u_t, h_t, e_t, banned_t = tile_one(y_t, t.unit)
+            banned_t = y_t * t.unit <= FLOOR
+            new_t, u_t, h_t, e_t = tile_one(y_t, t.unit, banned_t)
             new = tile_pair(u_s, h_s, e_s, banned_s, u_t, h_t, e_t, banned_t)
             one_s, one_t, pair = merge(one_s, one_t, pair, new_s, new_t, new)
             if MARGINS:
@@ -314,11 +316,12 @@ PAIR_FIELDS = (*ONE_FIELDS, "shift_t", "logsum_t", "lse_t", "entropy_t", "kl_fwd
 class RowState:
     """Unfinished sums of N rows over a vocabulary, and the settings that they are being taken under.
 
-    sums: (F, parts, N) fp32, part p being columns [p PART, (p+1) PART); F is 3 or 11, plus 3 a model with margins.
+    sums: (F, parts, N) fp32, each part being `part` columns; F is 3 or 11, plus 3 a model with margins.
     """
 
     sums: Tensor
     vocab: int
+    part: int
     teacher: bool
     margins: bool
     temperature: float | Tensor
@@ -340,6 +343,7 @@ def new_state(
     scale_t: float = 1.0,
     softcap_s: float | None = None,
     softcap_t: float | None = None,
+    part: int = PART,
 ) -> RowState:
     """State for rows of `vocab` columns, to be filled by `fold_tile` and read by `finish`.
 
@@ -354,8 +358,8 @@ def new_state(
             )
         temperature = temperature.to(device=device, dtype=torch.float32).contiguous()
     fields = (11 if teacher else 3) + (3 * (1 + teacher) if margins else 0)
-    sums = torch.empty(fields, triton.cdiv(vocab, PART), n_rows, dtype=torch.float32, device=device)
-    return RowState(sums, vocab, teacher, margins, temperature, scale_s, scale_t, softcap_s, softcap_t)
+    sums = torch.empty(fields, triton.cdiv(vocab, part), n_rows, dtype=torch.float32, device=device)
+    return RowState(sums, vocab, part, teacher, margins, temperature, scale_s, scale_t, softcap_s, softcap_t)
 
 
 def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None, column: int = 0) -> None:
