@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -26,4 +27,19 @@ def row_alignment(*tiles: Tensor) -> int:
 
 def softcap_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
     """(factor outside tanh, factor inside), or (scale, None) without a softcap."""
-    return (scale, None) if softcap is None else (softcap, scale / softcap)
+    return (float(scale), None) if softcap is None else (float(softcap), scale / softcap)
+
+
+def temperature_arguments(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(pointer or None, number): an int would be compiled for."""
+    return (fp32(temperature), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
+def fp32(x: Tensor) -> Tensor:
+    """x as the kernels read vectors."""
+    return x.float().contiguous()
+
+
+def on_device(x: Tensor) -> torch.cuda.device_of:
+    """Context in which launches go to x's device, as models spread over several GPUs need."""
+    return torch.cuda.device_of(x)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import softcap_factors, target
+from ._launch import on_device, softcap_factors, target, temperature_arguments
 from ._online import FLOOR, One, Pair, capped, half_unit, merge, merge_one, settle, settle_one, tile_one, tile_pair
 from .row_stats import PART, RowState, finish, new_state, store_rows
 
@@ -179,16 +179,17 @@ def fold_linear(
         return
     rows, cols = [config["ROWS"], config["K"]], [config["COLS"], config["K"]]
     blocks, parts = triton.cdiv(n_rows, config["ROWS"]), state.sums.shape[1]
-    per_row = isinstance(state.temperature, Tensor)
-    linear_kernel[(blocks * parts,)](
-        state.sums, TensorDescriptor.from_tensor(hidden_s, rows), TensorDescriptor.from_tensor(weight_s, cols), bias_s,
-        TensorDescriptor.from_tensor(hidden_t, rows) if state.teacher else None,
-        TensorDescriptor.from_tensor(weight_t, cols) if state.teacher else None, bias_t,
-        state.temperature if per_row else None, 1.0 if per_row else state.temperature,
-        *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
-        n_rows, state.vocab, hidden_s.shape[1], hidden_t.shape[1] if state.teacher else 0, parts,
-        PART=state.part, **config,
-    )  # fmt: skip
+    with on_device(hidden_s):
+        linear_kernel[(blocks * parts,)](
+            state.sums,
+            TensorDescriptor.from_tensor(hidden_s, rows), TensorDescriptor.from_tensor(weight_s, cols), bias_s,
+            TensorDescriptor.from_tensor(hidden_t, rows) if state.teacher else None,
+            TensorDescriptor.from_tensor(weight_t, cols) if state.teacher else None, bias_t,
+            *temperature_arguments(state.temperature),
+            *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
+            n_rows, state.vocab, hidden_s.shape[1], hidden_t.shape[1] if state.teacher else 0, parts,
+            PART=state.part, **config,
+        )  # fmt: skip
 
 
 def check_head(model: str, hidden: Tensor, weight: Tensor, n_rows: int, vocab: int) -> None:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, LOG2E, NEVER, add_gradient
-from ._launch import row_alignment, softcap_factors, warp
+from ._launch import fp32, on_device, row_alignment, softcap_factors, temperature_arguments, warp
 from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, widen
 from .row_stats import read_tiles
 
@@ -234,20 +234,20 @@ def row_grad(
         kind, names, _ = KINDS[term.name]
         kinds.append((kind, len(rows) - 1, len(numbers)))
         rows += [term.rows[name] for name in names]
-        numbers += [term.weight, *term.params]
+        numbers += map(float, (term.weight, *term.params))
     if n_slots == 0 or width == 0:
         return out
     label = () if label is None else tuple(value for value in label if value is not None)
-    per_slot = isinstance(temperature, Tensor)
     chunks = triton.cdiv(width, CHUNK)
-    grad_kernel[(n_slots * chunks,)](
-        out, logits_s, logits_t, row_ids, fp32(temperature) if per_slot else None,
-        1.0 if per_slot else temperature, *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
-        tuple(map(fp32, rows)), tuple(numbers), label[:1] + tuple(map(fp32, label[1:])),
-        logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
-        TERMS=tuple(kinds), SCATTER=scatter, ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK,
-        **grad_config(),
-    )  # fmt: skip
+    with on_device(logits_s):
+        grad_kernel[(n_slots * chunks,)](
+            out, logits_s, logits_t, row_ids, *temperature_arguments(temperature),
+            *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
+            tuple(map(fp32, rows)), tuple(numbers), label[:1] + tuple(map(fp32, label[1:])),
+            logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
+            TERMS=tuple(kinds), SCATTER=scatter, ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK,
+            **grad_config(),
+        )  # fmt: skip
     return out
 
 
@@ -260,11 +260,6 @@ def check_tiles(logits_s: Tensor, logits_t: Tensor, n_slots: int, row_ids: Tenso
             raise ValueError(f"{name} must have unit stride along the vocabulary, got {tensor.stride()}")
     if row_ids is None and n_slots != logits_s.shape[0]:
         raise ValueError(f"row_ids must be given for {n_slots} slots of {logits_s.shape[0]} rows")
-
-
-def fp32(x: Tensor) -> Tensor:
-    """x as the kernels read vectors."""
-    return x.float().contiguous()
 
 
 def grad_config() -> dict[str, int | bool]:

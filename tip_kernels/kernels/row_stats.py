@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import row_alignment, softcap_factors, target, warp
+from ._launch import fp32, on_device, row_alignment, softcap_factors, target, temperature_arguments, warp
 from ._online import (
     FLOOR,
     GUARD,
@@ -356,7 +356,7 @@ def new_state(
             raise ValueError(
                 f"temperature must be a float or a tensor of shape ({n_rows},), got {tuple(temperature.shape)}"
             )
-        temperature = temperature.to(device=device, dtype=torch.float32).contiguous()
+        temperature = fp32(temperature.to(device))
     fields = (11 if teacher else 3) + (3 * (1 + teacher) if margins else 0)
     sums = torch.empty(fields, triton.cdiv(vocab, part), n_rows, dtype=torch.float32, device=device)
     return RowState(sums, vocab, part, teacher, margins, temperature, scale_s, scale_t, softcap_s, softcap_t)
@@ -366,7 +366,7 @@ def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None,
     """Folds the columns [column, column + width) of every row into the state; each column must be folded exactly once.
 
     logits_s, logits_t: (N, width) bf16, fp16 or fp32, unit stride along the width, before scale and softcap. `column`
-    is a multiple of PART, and so is the width unless the tile ends the vocabulary. Does not synchronise.
+    is a multiple of state.part, and so is the width unless the tile ends the vocabulary. Does not synchronise.
     """
     n_rows, width = logits_s.shape
     tiles = [("logits_s", logits_s)] + ([("logits_t", logits_t)] if logits_t is not None else [])
@@ -377,22 +377,24 @@ def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None,
             raise ValueError(f"{name} must have shape ({state.sums.shape[2]}, {width}), got {tuple(tile.shape)}")
         if tile.stride(1) != 1 and width > 1:
             raise ValueError(f"{name} must have unit stride along the vocabulary, got {tile.stride()}")
-    if column % PART or column + width > state.vocab or (width % PART and column + width != state.vocab):
+    if column % state.part or column + width > state.vocab or (width % state.part and column + width != state.vocab):
         raise ValueError(
-            f"column and width must cut [0, {state.vocab}) at multiples of {PART}, got {column} and {width}"
+            f"column and width must cut [0, {state.vocab}) at multiples of {state.part}, got {column} and {width}"
         )
     if n_rows == 0:
         return
-    parts = triton.cdiv(width, PART)
+    parts = triton.cdiv(width, state.part)
     alignment = row_alignment(*(tile for _, tile in tiles))
     has_cap = state.softcap_s is not None or state.softcap_t is not None
-    fold_kernel[(n_rows * parts,)](
-        state.sums, logits_s, logits_t, *_temperature(state.temperature),
-        *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
-        logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
-        n_rows, width, parts, column // PART, state.sums.shape[1],
-        MARGINS=state.margins, ALIGNED=alignment, PART=PART, **fold_config(state.margins, has_cap, alignment > 1),
-    )  # fmt: skip
+    with on_device(logits_s):
+        fold_kernel[(n_rows * parts,)](
+            state.sums, logits_s, logits_t, *temperature_arguments(state.temperature),
+            *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
+            logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
+            n_rows, width, parts, column // state.part, state.sums.shape[1],
+            MARGINS=state.margins, ALIGNED=alignment, PART=state.part,
+            **fold_config(state.margins, has_cap, alignment > 1),
+        )  # fmt: skip
 
 
 def finish(state: RowState) -> dict[str, Tensor]:
@@ -403,12 +405,13 @@ def finish(state: RowState) -> dict[str, Tensor]:
         names = (*names, "margin_s", "margin_t", "agree") if state.teacher else (*names, "margin_s")
     out = torch.empty(len(names), n_rows, dtype=torch.float32, device=state.sums.device)
     if n_rows:
-        finish_kernel[(triton.cdiv(n_rows, ROWS),)](
-            out, state.sums, *_temperature(state.temperature),
-            softcap_factors(state.scale_s, state.softcap_s)[0], softcap_factors(state.scale_t, state.softcap_t)[0],
-            n_rows, state.sums.shape[1],
-            TEACHER=state.teacher, MARGINS=state.margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
+        with on_device(out):
+            finish_kernel[(triton.cdiv(n_rows, ROWS),)](
+                out, state.sums, *temperature_arguments(state.temperature),
+                softcap_factors(state.scale_s, state.softcap_s)[0], softcap_factors(state.scale_t, state.softcap_t)[0],
+                n_rows, state.sums.shape[1],
+                TEACHER=state.teacher, MARGINS=state.margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
     stats = dict(zip(names, out.unbind(0), strict=True))
     if "agree" in stats:
         stats["agree"] = stats["agree"] > 0.5
@@ -444,7 +447,3 @@ def fold_config(margins: bool, has_cap: bool, aligned: bool) -> dict[str, int | 
     if backend == "cuda" and arch >= 100 and aligned and not (margins or has_cap):
         config["maxnreg"] = 168  # left alone, ptxas stops at 128 there and spills
     return config
-
-
-def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)

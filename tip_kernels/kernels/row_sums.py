@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, NEVER, at_least_never, sum_terms
-from ._launch import row_alignment, softcap_factors, warp
+from ._launch import fp32, on_device, row_alignment, softcap_factors, temperature_arguments, warp
 from ._online import Model, capped, half_unit, widen
-from .row_grad import NORMALISERS, Term, check_tiles, fp32, load_normaliser, log2_p
+from .row_grad import NORMALISERS, Term, check_tiles, load_normaliser, log2_p
 from .row_stats import PART, read_tiles
 
 SLOTS = 128  # slots of one program of `add_parts_kernel`
@@ -129,22 +129,21 @@ def row_sums(
     numbers, kinds = [], []
     for term in terms:
         kinds.append((KINDS[term.name][0], len(numbers)))
-        numbers += term.params
+        numbers += map(float, term.params)
     if n_slots and terms:
-        per_slot = isinstance(temperature, Tensor)
-        sums_kernel[(n_slots * parts,)](
-            partial, logits_s, logits_t, row_ids, fp32(temperature) if per_slot else None,
-            1.0 if per_slot else temperature,
-            *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
-            tuple(fp32(normalisers[name]) for name in NORMALISERS), tuple(numbers) or (0.0,),
-            logits_s.stride(0), logits_t.stride(0), n_slots, width, parts,
-            TERMS=tuple(kinds), ALIGNED=row_alignment(logits_s, logits_t), PART=PART,
-            TILE=8 * warp(), TILES=2, num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
-        blocks = triton.cdiv(n_slots, SLOTS)
-        add_parts_kernel[(2 * len(terms) * blocks,)](
-            out, partial, n_slots, parts, SLOTS=SLOTS, num_warps=1, enable_fp_fusion=False
-        )
+        with on_device(logits_s):
+            sums_kernel[(n_slots * parts,)](
+                partial, logits_s, logits_t, row_ids, *temperature_arguments(temperature),
+                *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
+                tuple(fp32(normalisers[name]) for name in NORMALISERS), tuple(numbers) or (0.0,),
+                logits_s.stride(0), logits_t.stride(0), n_slots, width, parts,
+                TERMS=tuple(kinds), ALIGNED=row_alignment(logits_s, logits_t), PART=PART,
+                TILE=8 * warp(), TILES=2, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            blocks = triton.cdiv(n_slots, SLOTS)
+            add_parts_kernel[(2 * len(terms) * blocks,)](
+                out, partial, n_slots, parts, SLOTS=SLOTS, num_warps=1, enable_fp_fusion=False
+            )
     return [
         dict(zip(KINDS[term.name][2], out[2 * i : 2 * i + 2].unbind(0), strict=True)) for i, term in enumerate(terms)
     ]
