@@ -27,12 +27,22 @@ class Problem:
     weight_t: Tensor
 
     @classmethod
-    def random(cls, n: int, h: int, v: int, *, dtype: torch.dtype = torch.float32, noise: float = 0.3) -> Problem:
+    def random(
+        cls,
+        n: int,
+        h: int,
+        v: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        noise: float = 0.3,
+        device: torch.device | str = "cpu",
+    ) -> Problem:
         """A student near its teacher: the same head and hidden states but for noise, logits with deviation about 2."""
         torch.manual_seed(0)
-        hidden, weight = torch.randn(n, h), torch.randn(v, h) * 2 / h**0.5
-        tensors = [hidden + noise * torch.randn(n, h), weight.clone(), hidden, weight]
-        tensors = [tensor.to(dtype) for tensor in tensors]
+        hidden, weight = torch.randn(n, h, device=device), torch.randn(v, h, device=device).mul_(2 / h**0.5)
+        student = hidden + noise * torch.randn(n, h, device=device)
+        tensors = [x.to(dtype) for x in (student, weight, hidden, weight)]
+        tensors[1] = tensors[1].clone()
         return cls(tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2], tensors[3])
 
     def clear(self) -> None:
@@ -123,6 +133,92 @@ def liger(chunk_size: int = 256) -> Step:
         return loss.detach()
 
     return step
+
+
+Stats = dict[str, Tensor]
+
+
+def dense_stats(z_s: Tensor, z_t: Tensor) -> Stats:
+    """The statistics of both models' rows by plain torch, through whole fp32 softmaxes; logits (N, V)."""
+    lse_s, lse_t = z_s.float().logsumexp(-1), z_t.float().logsumexp(-1)
+    logp_s, logp_t = z_s.float() - lse_s[:, None], z_t.float() - lse_t[:, None]
+    p_s, p_t = logp_s.exp(), logp_t.exp()
+    return {
+        "lse_s": lse_s,
+        "lse_t": lse_t,
+        "entropy_s": -(p_s * logp_s).sum(-1),
+        "entropy_t": -(p_t * logp_t).sum(-1),
+        "kl_fwd": (p_t * (logp_t - logp_s)).sum(-1),
+        "kl_rev": (p_s * (logp_s - logp_t)).sum(-1),
+        "hellinger_sq": 1 - (p_s * p_t).sqrt().sum(-1),
+    }
+
+
+def dense_stats_of_hidden(p: Problem) -> Stats:
+    return dense_stats(p.hidden_s @ p.weight_s.t(), p.hidden_t @ p.weight_t.t())
+
+
+def trl_stats() -> Callable[[Problem], Stats]:
+    """What TRL's chunked divergence measures in its forward: the reverse KL and the student's entropy."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def measure(p: Problem) -> Stats:
+        kl_rev, entropy = ChunkedDivergenceFunction.apply(
+            p.hidden_s, p.weight_s, None, p.hidden_t, p.weight_t, None, 1.0
+        )
+        return {"kl_rev": kl_rev, "entropy_s": entropy}
+
+    return measure
+
+
+class Update:
+    """A whole update of a Qwen3-shaped student with random weights; the teacher's hidden states are given.
+
+    run(step): zero the gradients, forward, the step's loss and backward, one AdamW step.
+    """
+
+    def __init__(
+        self, batch: int, time: int, *, small: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        from transformers import Qwen3Config, Qwen3Model
+
+        if small:
+            shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+            shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+        else:  # Qwen3-0.6B
+            shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+            shape |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+        torch.manual_seed(0)
+        with torch.device(device):
+            config = Qwen3Config(**shape, initializer_range=0.06, use_cache=False, pad_token_id=0)
+            self.model = Qwen3Model(config).to(dtype)
+            self.ids = torch.randint(shape["vocab_size"], (batch, time))
+        self.weight = self.model.get_input_embeddings().weight  # tied to the head
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        with torch.no_grad():
+            hidden = self.hidden()
+            self.hidden_t = hidden + 0.3 * torch.randn_like(hidden)
+            self.weight_t = self.weight.detach().clone()
+
+    def hidden(self) -> Tensor:
+        """(B T, H)"""
+        return self.model(input_ids=self.ids).last_hidden_state.flatten(0, 1)
+
+    def run(self, step: Step) -> Tensor:
+        self.clear()
+        loss = step(Problem(self.hidden(), self.weight, self.hidden_t, self.weight_t))
+        self.optimizer.step()
+        return loss
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def problem(self) -> Problem:
+        """The loss alone, on the student as it is now."""
+        with torch.no_grad():
+            hidden = self.hidden()
+        weight = self.weight.detach().clone()
+        return Problem(hidden.requires_grad_(), weight.requires_grad_(), self.hidden_t, self.weight_t)
 
 
 def available(makers: dict[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:
