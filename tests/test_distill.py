@@ -587,3 +587,67 @@ def test_learning_from_logits_stays_within_its_workspace():
     backward = peak_mib(lambda: out[0].loss.backward())
     assert backward <= 17 + 2 * 4 * s.numel() / 2**20  # the gradient, of the cut and then of the whole
     assert math.isfinite(out[0].loss.item())
+
+
+# What a second reader found
+
+
+def test_margins_of_the_student_are_its_own_beside_a_top_k_teacher():
+    torch.manual_seed(0)
+    student, logp = torch.randn(6, 50), torch.randn(6, 50).log_softmax(-1)
+    top = logp.topk(3)
+    out = tip.distill(
+        student, tip.TopK(top.indices, top.values), select=tip.TopMargin(2, by="margin_s"), full_stats=True
+    )
+    torch.testing.assert_close(out.stats.margin_s, tip.token_stats(student, margins=True).margin_s)
+
+
+def test_statistics_of_another_top_k_teacher_are_measured_again():
+    torch.manual_seed(0)
+    student, logp = torch.randn(4, 50), torch.randn(4, 50).log_softmax(-1)
+    five, three = (tip.TopK(top.indices, top.values) for top in (logp.topk(5), logp.topk(3)))
+    stats = tip.token_stats(student, five)
+    ours = tip.divergence_loss(student, three, stats=stats)
+    torch.testing.assert_close(ours, tip.divergence_loss(student, three))
+
+
+def test_the_label_loss_alone_does_not_read_an_infinite_divergence():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 30, requires_grad=True), torch.randn(5, 30)
+    teacher[2, 4] = -torch.inf
+    labels = torch.randint(0, 30, (5,))
+    out = tip.distill(student, teacher, select=tip.KeepAll(), labels=labels, ce_weight=1.0)
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (out.loss, expected)))
+    assert out.plan.dropped_rows == 0
+
+
+def test_what_a_call_returns_does_not_alias_the_callers_mask():
+    mask = torch.ones(12, dtype=torch.bool)
+    out = tip.distill(torch.randn(12, 30), torch.randn(12, 30), select=tip.KeepAll(), row_mask=mask)
+    mask[:6] = False
+    assert out.kept.mask.all()
+
+
+def test_statistics_with_rows_left_out_are_measured_again():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(8, 40), torch.randn(8, 40)
+    out = tip.distill(student, teacher, select=tip.TopEntropy(2))
+    torch.testing.assert_close(
+        tip.divergence_loss(student, teacher, stats=out.stats), tip.divergence_loss(student, teacher)
+    )
+
+
+def test_hidden_states_cut_in_time_are_not_copied_and_give_the_same_gradient():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    other_hidden, other_weight = torch.randn(3, 9, 8), torch.randn(40, 8)
+    grads = []
+    for cut in (lambda x: x[:, :-1], lambda x: x[:, :-1].contiguous()):
+        out = tip.distill(
+            tip.Head(cut(hidden), weight), tip.Head(cut(other_hidden), other_weight), select=tip.SoftOr(4)
+        )
+        grads.append(torch.autograd.grad(out.loss, (hidden, weight)))
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)

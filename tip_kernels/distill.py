@@ -98,14 +98,15 @@ def distill(
     temperature_sq    multiplies each row's divergence by its temperature squared
     normalizer        "kept" = sum of w (the number of kept rows without weights), "all" = unmasked rows that no
                       measurement found NaN, or a positive number
-    workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors
-    full_stats        measure every statistic of every row, also what neither rule nor loss needs
+    workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors; a Head's backward holds
+                      d(hidden) of the kept rows once more, in fp32
+    full_stats        measure both lse, entropies and KLs and hellinger_sq of every row, also where nothing needs them
 
     Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row
     whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once.
     Statistics that neither the rule nor the loss needs are None; where the rule needs none of the teacher, the
     teacher's are NaN in rows that were not kept. Does not synchronise between measuring and backward for a rule with a
-    quota.
+    quota; rollout_ids on a GPU are counted once before.
 
     Raises ValueError naming the argument. Method: measure, select, learn; TIP (arXiv 2604.14084).
     """
@@ -119,7 +120,8 @@ def distill(
     if isinstance(rows_t, TopKRows):
         ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
         expect(ok, "select", "a rule that needs no logits of the teacher, which is a TopK", select)
-    batch = _Batch(rows_s, rows_t, check_labels(labels, rows_s), row_mask, workspace_bytes(workspace_mib))
+    workspace = workspace_bytes(workspace_mib)
+    batch = _Batch(rows_s, rows_t, check_labels(labels, rows_s), row_mask, rollout_ids, workspace)
     weights = None
     if row_weights is not None:
         weights = flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)
@@ -136,14 +138,13 @@ def distill(
 
     stats = batch.measure_for(select, divergence, measured_at, full_stats or adaptive)
     kept = select(stats, row_mask=batch.row_mask, rollout_ids=rollout_ids)
-    ids, valid = batch.slots(kept, select, rollout_ids)
+    ids, valid = batch.slots(kept, select)
     learned_at = measured_at
     if adaptive:
         learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device, ids)
-    needs = needed(divergence, rows_t)
-    at_rows = rows_of_stats(stats, needs, ids, learned_at)
+    at_rows = rows_of_stats(stats, rows_t, divergence, ids, learned_at)
     if at_rows is None:
-        at_rows = batch.measure_late(ids, divergence.needs | needs, learned_at)
+        at_rows = batch.measure_late(ids, divergence.needs | needed(divergence, rows_t), learned_at)
         stats = stats if adaptive else batch.filled(stats, at_rows, ids)
     projections = len(with_logits(rows_s, rows_t))
     if projections == 2 and any(term.class_b for _, term in divergence.terms):
@@ -177,10 +178,19 @@ class _Batch:
     """The rows of one distill call: which are measured, which were found NaN, and how many products that took."""
 
     def __init__(
-        self, student: Rows, teacher: Rows | TopKRows, labels: Tensor | None, row_mask: Tensor | None, workspace: int
+        self,
+        student: Rows,
+        teacher: Rows | TopKRows,
+        labels: Tensor | None,
+        row_mask: Tensor | None,
+        rollout_ids: Tensor | None,
+        workspace: int,
     ) -> None:
         self.student, self.teacher, self.labels, self.workspace = student, teacher, labels, workspace
         self.n_rows = student.n_rows
+        self.n_rollouts = math.prod(student.batch_shape[:-1])
+        if isinstance(rollout_ids, Tensor) and rollout_ids.device == student.device and student.device.type != "cpu":
+            self.n_rollouts = torch.unique(rollout_ids).numel()  # the one wait, before anything is measured
         self.units = 0.0
         self.top_k = 0
         self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
@@ -202,14 +212,14 @@ class _Batch:
         self.top_k = getattr(rule, "top_k", 0)
         want = rule.needs | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
         with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
-        if self.labels is not None:
+        if self.labels is not None and want:
             want = want | (LABEL_FIELDS if with_teacher else {"logp_s"})
         if with_teacher:
             want = want | divergence.needs
         measured = self._measure(self.trainable, want, temperature, with_teacher) if want else {}
         if self.trainable is not None:
             measured = {name: _scattered(value, self.trainable, self.n_rows) for name, value in measured.items()}
-        return stats_record(measured, self.student, temperature, self.labels, self.top_k)
+        return self._record(measured, temperature, partial=self.trainable is not None)
 
     def measure_late(self, ids: Tensor, want: frozenset[str], temperature: float | Tensor) -> dict[str, Tensor]:
         """What the loss needs of the kept rows alone."""
@@ -253,14 +263,17 @@ class _Batch:
         """stats with the fields that were measured only of kept rows, NaN in the others."""
         here = {name: stats._get(name) for name in (*_FIELDS, *stats._blends) if stats._get(name) is not None}
         late = {name: _scattered(value, ids, self.n_rows) for name, value in at_rows.items() if name not in here}
-        return stats_record(here | late, self.student, stats._temperature, self.labels, self.top_k)
+        return self._record(here | late, stats._temperature, partial=True)
 
-    def slots(self, kept: Kept, rule: Rule, rollout_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _record(self, measured: dict[str | Blend, Tensor], temperature: float | Tensor, *, partial: bool) -> TokenStats:
+        listed_ids = getattr(self.teacher, "ids", None)
+        return stats_record(measured, self.student, temperature, self.labels, self.top_k, listed_ids, partial)
+
+    def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
         """Kept row ids and which of them are real: exact on a CPU, else as many slots as the rule may need."""
         if kept.mask.device.type == "cpu":
             return kept.row_ids, torch.ones_like(kept.row_ids, dtype=torch.bool)
-        groups = None if rollout_ids is not None else math.prod(self.student.batch_shape[:-1])
-        groups = 1 if getattr(rule, "scope", "rollout") == "batch" else groups
+        groups = 1 if getattr(rule, "scope", "rollout") == "batch" else self.n_rollouts
         return kept.slots(min(rule.capacity(self.n_rows, groups), self.n_rows))
 
     def normalizer(self, kind: str | float, w: Tensor) -> Tensor | float:

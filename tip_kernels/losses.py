@@ -72,7 +72,8 @@ def divergence_loss(
     grad_logits       how a student given as logits gets its gradient: "dense" (N, V); "compact", for an (N, V) leaf: a
                       sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the
                       logits' own storage, which then no longer holds logits. A Head takes "dense" only
-    workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors
+    workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors; a Head's backward
+                      holds d(hidden) of the kept rows once more, in fp32
 
     The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A
     leaf that needs no gradient costs nothing; a row whose upstream gradient is 0 is left out of the sweep. A row whose
@@ -105,7 +106,7 @@ def divergence_loss(
                 f"stats: expected those of {rows_s.batch_shape} rows and {rows_s.vocab} vocabulary entries, "
                 f"got {stats._batch_shape} and {stats._vocab}"
             )
-        at_rows = rows_of_stats(stats, needed(divergence, rows_t), ids, temperature)
+        at_rows = None if stats._partial else rows_of_stats(stats, rows_t, divergence, ids, temperature)
     labels = None if stats is None else stats._labels
     if divergence.needs & LABEL_FIELDS and labels is None:
         raise ValueError(
@@ -116,7 +117,7 @@ def divergence_loss(
             rows_s,
             rows_t,
             needed(divergence, rows_t),
-            rows=ids,
+            rows=None if kept is None else ids,
             labels=labels,
             temperature=temperature,
             workspace=workspace,
@@ -135,6 +136,8 @@ def _check_grad_logits(mode: object, student: Tensor | Head) -> None:
         expect(isinstance(student, Tensor), "grad_logits", "'dense', since the student is a Head", mode)
         ok = mode != "compact" or student.dim() == 2
         expect(ok, "grad_logits", "'dense' or 'inplace', since the student's logits are not (N, V)", mode)
+        ok = mode != "compact" or student.is_leaf
+        expect(ok, "grad_logits", "'dense' or 'inplace', since the student's logits are not a leaf", mode)
         ok = mode != "inplace" or student.is_contiguous()
         expect(ok, "grad_logits", "'dense' or 'compact', since the student's logits are not contiguous", mode)
 
@@ -156,15 +159,22 @@ def needed(divergence: Divergence, teacher: Rows | TopKRows) -> frozenset[str | 
 
 
 def rows_of_stats(
-    stats: TokenStats, needs: frozenset[str | Blend], ids: Tensor, temperature: float | Tensor
-) -> dict[str, Tensor] | None:
-    """The needed fields of stats at the rows ids, or None where not measured, or at another temperature."""
+    stats: TokenStats, teacher: Rows | TopKRows, divergence: Divergence, ids: Tensor, temperature: float | Tensor
+) -> dict[str | Blend, Tensor] | None:
+    """What the loss needs of stats at the rows ids, or None where not measured so, or at another temperature."""
+    needs = needed(divergence, teacher)
     same = _same_temperature(temperature, stats._temperature)
-    same = same and (stats._listed is not None) == (needs == LISTED_FIELDS)  # a TopK has other normalisers
+    same = same and _same_listed(stats._listed_ids, getattr(teacher, "ids", None))
     fields = {name: stats._get(name) for name in needs | NORMALISER_FIELDS}
     if not same or any(value is None for value in fields.values()):
         return None
     return {name: value[ids] for name, value in fields.items()}
+
+
+def _same_listed(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.device.type == "cpu" and torch.equal(a, b))  # elsewhere comparing would have to wait
 
 
 def _same_temperature(a: float | Tensor, b: float | Tensor) -> bool:
@@ -201,17 +211,20 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
         row = {**task.at_rows, **sums.get(term, {})}
         value = value + weight * term.value(row)
         terms.append(row_grad.Term(weight, term.gradient, term.params, term.scalars(row)))
-    factor = torch.as_tensor(task.factor, dtype=torch.float32, device=value.device).expand_as(value)
-    if (limit := task.divergence.max_per_row) is not None:
+    factor = task.factor if isinstance(task.factor, Tensor) else torch.full_like(value, task.factor)
+    muted = not isinstance(task.factor, Tensor) and task.factor == 0  # the label loss alone: 0 * inf must not matter
+    limit = task.divergence.max_per_row
+    if limit is not None:
         loss = value.clamp(max=limit) * factor
         factor = torch.where(value > limit, 0.0, factor)
     else:
-        loss = value * factor
-    labels = None if task.labels is None else task.labels[task.ids]
+        loss = torch.zeros_like(value) if muted else value * factor
+    reads_labels = task.ce is not None or any("label_factor" in term.rows for term in terms)
+    labels = task.labels[task.ids] if reads_labels else None
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
     gradient = GradientSweep(
-        sweep, task.grad_logits, terms, factor, torch.isfinite(loss), labels, task.ce, limit is not None
+        sweep, task.grad_logits, terms, factor, torch.isfinite(loss), labels, task.ce, muted or limit is not None
     )
     return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
@@ -242,7 +255,8 @@ def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
         every = torch.arange(task.ids.numel(), device=y.device)
         at_rows = measure(*pair, task.divergence.needs, workspace=task.workspace)
         loss = row_loss(*pair, RowTask(task.divergence, every, at_rows, 1.0, task.workspace))
-    loss = loss * task.factor
+    muted = not isinstance(task.factor, Tensor) and task.factor == 0
+    loss = torch.zeros_like(loss) if muted else loss * task.factor
     if task.ce is not None:
         cross_entropy = y.logsumexp(1) - logits[:, n_outcomes]
         loss = loss + task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, cross_entropy)
@@ -290,7 +304,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, grad: Tensor, *leaves: Tensor) -> Tensor:
-        return grad.view_as(grad)
+        return grad.detach()
 
     @staticmethod
     def backward(ctx: FunctionCtx, upstream: Tensor) -> Tensor:

@@ -125,7 +125,9 @@ class ListedEngine:
         self.ids, want = ids, want & STUDENT_FIELDS
         self.fold = online.Fold(*ids.shape[:1], columns, 1, want, ids.device)
         self.fold_listed = online.Fold(*ids.shape, 1, want, ids.device)
-        self.z = torch.where((ids >= vocab) | (ids < -1), torch.nan, torch.full(ids.shape, -torch.inf).to(ids.device))
+        self.z = torch.where(
+            (ids >= vocab) | (ids < -1), torch.nan, torch.full(ids.shape, -torch.inf, device=ids.device)
+        )
 
     def start(self, n_rows: int, temperature: float | Tensor) -> None:
         self.parts: list[online.State] = []
@@ -315,7 +317,7 @@ def _outcome_fields(
         fields = {name: value.masked_fill(broken, torch.nan) for name, value in fields.items()} | {"shift_t": shift}
     else:
         pair = LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)
-        fields = measure(*pair, want - STUDENT_FIELDS - LABEL_FIELDS - {"lse_t"}, workspace=workspace)
+        fields = measure(*pair, want - STUDENT_FIELDS - LABEL_FIELDS - MARGIN_FIELDS - {"lse_t"}, workspace=workspace)
         fields = {name: value for name, value in fields.items() if name not in ("shift_s", "logsum_s")}
     if labels is not None:
         fields["logp_t"] = teacher.label_logp(rows, labels)

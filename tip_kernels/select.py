@@ -466,7 +466,7 @@ def _layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[in
 def _unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if row_mask is None:
         return torch.ones(math.prod(shape), dtype=torch.bool, device=device)
-    return flat_rows("row_mask", row_mask, shape, (torch.bool,), device)
+    return flat_rows("row_mask", row_mask, shape, (torch.bool,), device).clone()  # Kept.mask must not alias it
 
 
 def _rollouts(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

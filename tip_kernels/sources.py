@@ -125,7 +125,9 @@ class HeadRows:
         self.batch_shape = tuple(head.hidden.shape[:-1])
         self.width = head.hidden.shape[-1]
         self.vocab = head.vocab_size or head.weight.shape[0]
-        self.hidden = head.hidden.reshape(-1, self.width)
+        hidden = head.hidden
+        # A batch cut in time has rows with two strides; flattening it would copy all of it.
+        self.hidden = hidden.view(-1, self.width) if hidden.dim() == 3 and _collapses(hidden) else hidden
         self.weight, self.bias = head.weight, head.bias
         self.scale, self.softcap = float(head.scale), head.softcap
         self.leaves = (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
@@ -135,7 +137,7 @@ class HeadRows:
 
     @property
     def n_rows(self) -> int:
-        return self.hidden.shape[0]
+        return math.prod(self.batch_shape)
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +153,15 @@ class HeadRows:
         other.hidden, other.weight, other.bias = (*leaves, None, None, None)[:3]
         return other
 
+    def gathered(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states of the given rows, (R, H)."""
+        if self.hidden.dim() == 2:
+            return self.hidden[rows] if isinstance(rows, slice) else self.hidden.index_select(0, rows)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=self.device)
+        steps = self.hidden.shape[1]
+        return self.hidden[rows // steps, rows % steps]
+
     def weight_tile(self, v0: int, v1: int) -> Tensor:
         """Rows v0 to v1 of the weight in the dtype the products are taken in, (C, H)."""
         return self._operand(self.weight[v0:v1])
@@ -165,7 +176,7 @@ class HeadBlock:
     """R rows of a Head with their hidden states gathered once."""
 
     def __init__(self, source: HeadRows, rows: slice | Tensor) -> None:
-        hidden = source.hidden[rows] if isinstance(rows, slice) else source.hidden.index_select(0, rows)
+        hidden = source.gathered(rows)
         self.source = source
         self.hidden = source._operand(hidden)
         self.n_rows = hidden.shape[0]

@@ -47,7 +47,7 @@ class TokenStats:
     rank_t_of_argmax_s: Tensor | None = (
         None  # int64: the student's argmax in the teacher's top_k, 0 first; top_k if absent
     )
-    _shift_s: Tensor | None = field(default=None, repr=False)  # (N,) largest logit / temperature
+    _shift_s: Tensor | None = field(default=None, repr=False)  # (N,) near the largest logit / temperature
     _shift_t: Tensor | None = field(default=None, repr=False)
     _logsum_s: Tensor | None = field(default=None, repr=False)  # (N,) lse - shift, formed before it is rounded into lse
     _logsum_t: Tensor | None = field(default=None, repr=False)
@@ -59,6 +59,8 @@ class TokenStats:
     _batch_shape: tuple[int, ...] = field(default=(), repr=False)  # (N,) or (B, T)
     _labels: Tensor | None = field(default=None, repr=False)  # (N,) int64
     _top_k: int = field(default=0, repr=False)  # of the top-k statistics
+    _listed_ids: Tensor | None = field(default=None, repr=False)  # (N, K) of the TopK it was measured against
+    _partial: bool = field(default=False, repr=False)  # some rows were left out and are NaN
     _blends: dict[Blend, Tensor] = field(default_factory=dict, repr=False)  # ln sum p_t^a p_s^b, each (N,)
 
     def _get(self, name: str | Blend) -> Tensor | None:
@@ -118,7 +120,7 @@ def token_stats(
     labels = check_labels(labels, rows_s)
     workspace = workspace_bytes(workspace_mib)
     measured = measure(rows_s, rows_t, want, labels=labels, temperature=temperature, top_k=top_k, workspace=workspace)
-    return stats_record(measured, rows_s, temperature, labels, top_k)
+    return stats_record(measured, rows_s, temperature, labels, top_k, listed_ids=getattr(rows_t, "ids", None))
 
 
 def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
@@ -133,7 +135,7 @@ def check_labels(labels: Tensor | None, rows: Rows) -> Tensor | None:
             raise ValueError(
                 f"labels: expected values from 0 to {rows.vocab - 1}, or {IGNORE_LABEL} for none, got {low} to {high}"
             )
-    return labels
+    return labels.clone()  # the statistics keep it, the caller may change it
 
 
 def stats_record(
@@ -142,6 +144,8 @@ def stats_record(
     temperature: float | Tensor,
     labels: Tensor | None = None,
     top_k: int = 0,
+    listed_ids: Tensor | None = None,
+    partial: bool = False,
 ) -> TokenStats:
     """A TokenStats from measured (N,) tensors."""
     blends = {name: value for name, value in measured.items() if isinstance(name, Blend)}
@@ -153,5 +157,7 @@ def stats_record(
         _batch_shape=rows.batch_shape,
         _labels=labels,
         _top_k=top_k,
+        _listed_ids=listed_ids,
+        _partial=partial,
         _blends=blends,
     )

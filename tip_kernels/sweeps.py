@@ -204,8 +204,10 @@ class LeafSweep:
                 dbias[v0:v1] = dbias_slice
             weights = dweight_slice = None  # released before the next ones are made
         if need_hidden:
-            full = torch.zeros_like(student.hidden)
-            dhidden = full.index_copy_(0, all_ids, dhidden.to(full.dtype))
+            full = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=device)
+            for part in parts:
+                full.view(-1, width).index_copy_(0, all_ids[part], dhidden[part].to(full.dtype))
+            dhidden = full
         return [dhidden, dweight, dbias][: len(need)]
 
 

@@ -37,7 +37,7 @@ def exp(x: Tensor) -> Tensor:
 def log_s_over_mixture(lp_s: Tensor, lp_t: Tensor, weight_t: float) -> Tensor:
     """log(p_s / M), M = weight_t p_t + (1 - weight_t) p_s, from the log-ratio alone so that nothing underflows."""
     log_ratio = lp_t - lp_s
-    return torch.logaddexp(log_ratio.add_(math.log(weight_t)), log_ratio.new_tensor(math.log1p(-weight_t))).neg_()
+    return torch.logaddexp(log_ratio.add_(math.log(weight_t)), log_ratio.new_full((), math.log1p(-weight_t))).neg_()
 
 
 def forward_kl(lp_s: Tensor, lp_t: Tensor, rows: Rows) -> Tensor:
