@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 import tip_kernels as tip
@@ -227,3 +228,30 @@ def check_gradient(
         f"{what}: relative error {relative:.2e}, eager fp32 {eager_relative:.2e}; "
         f"largest error {worst:.2e}, floor {floor:.2e}"
     )
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": normal(1300, seed=40)},
+    "bias that bans": {"bias": torch.where(torch.arange(1300) % 7 == 3, -INF, 0.0)},
+    "scale": {"scale": 0.125, "spread": 20.0},
+    "softcap": {"softcap": 5.0, "spread": 4.0},
+    "scale, softcap and bias": {"scale": 1.5, "softcap": 9.0, "bias": normal(1300, seed=40)},
+    "vocab_size": {"vocab_size": 1100, "bias": normal(1300, seed=40)},
+}
+
+
+class Products(TorchDispatchMode):
+    """Counts multiply-adds of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.macs += a.shape[0] * a.shape[1] * b.shape[1]
+        assert name not in ("bmm", "baddbmm", "matmul", "linear"), name
+        return func(*args, **(kwargs or {}))

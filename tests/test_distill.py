@@ -9,10 +9,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from _cases import INF, NAN, HeadCase, check_gradient, head_case, leaf, no_worse, normal, ordinary
+from _cases import INF, NAN, HeadCase, Products, check_gradient, head_case, leaf, no_worse, normal, ordinary
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 import tip_kernels as tip
@@ -158,22 +157,6 @@ def test_a_rule_that_reads_labels_needs_them():
 
 
 # Rows: masks, rollouts, weights
-
-
-class Products(TorchDispatchMode):
-    """Counts multiply-adds of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.macs += a.shape[0] * a.shape[1] * b.shape[1]
-        assert name not in ("bmm", "baddbmm", "matmul", "linear"), name
-        return func(*args, **(kwargs or {}))
 
 
 MASK = torch.arange(N) % 3 != 1

@@ -7,9 +7,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _cases import INF, NAN, PAIRS, HeadCase, check_gradient, head_case, leaf, near_equal, no_worse, normal, ordinary
+from _cases import (
+    HEADS,
+    INF,
+    NAN,
+    PAIRS,
+    HeadCase,
+    Products,
+    check_gradient,
+    head_case,
+    leaf,
+    near_equal,
+    no_worse,
+    normal,
+    ordinary,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 import tip_kernels as tip
@@ -99,17 +112,6 @@ def test_gradients_over_vocabularies_of_any_size(vocab, divergence):
 @every_divergence
 def test_gradients_at_a_temperature(divergence, temperature):
     check_logits(*ordinary(8, 1300), divergence, temperature=temperature)
-
-
-HEADS = {
-    "plain": {},
-    "bias": {"bias": normal(1300, seed=40)},
-    "bias that bans": {"bias": torch.where(torch.arange(1300) % 7 == 3, -INF, 0.0)},
-    "scale": {"scale": 0.125, "spread": 20.0},
-    "softcap": {"softcap": 5.0, "spread": 4.0},
-    "scale, softcap and bias": {"scale": 1.5, "softcap": 9.0, "bias": normal(1300, seed=40)},
-    "vocab_size": {"vocab_size": 1100, "bias": normal(1300, seed=40)},
-}
 
 
 @pytest.mark.parametrize("options", HEADS)
@@ -286,22 +288,6 @@ def test_row_weights_multiply_each_rows_loss():
 
 
 # Statistics that are already there
-
-
-class Products(TorchDispatchMode):
-    """Counts multiply-adds of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.macs += a.shape[0] * a.shape[1] * b.shape[1]
-        assert name not in ("bmm", "baddbmm", "matmul", "linear"), name
-        return func(*args, **(kwargs or {}))
 
 
 @every_divergence

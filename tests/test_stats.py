@@ -14,6 +14,7 @@ import pytest
 import torch
 from _cases import (
     EVERY_FIELD,
+    HEADS,
     INF,
     NAN,
     PAIR_FIELDS,
@@ -86,17 +87,6 @@ def test_logits_of_any_dtype_each_model_its_own(case, dtypes):
     s, t = (z.to(dtype) for z, dtype in zip(PAIRS[case](9, 1300), dtypes, strict=True))
     asked = {"labels": labels_for(9, 1300), **EVERY_FIELD}
     check_stats(tip.token_stats(s, t, **asked), both(s), both(t), **asked)
-
-
-HEADS = {
-    "plain": {},
-    "bias": {"bias": normal(1300, seed=40)},
-    "bias that bans": {"bias": torch.where(torch.arange(1300) % 7 == 3, -INF, 0.0)},
-    "scale": {"scale": 0.125, "spread": 20.0},
-    "softcap": {"softcap": 5.0, "spread": 4.0},
-    "scale, softcap and bias": {"scale": 1.5, "softcap": 9.0, "bias": normal(1300, seed=40)},
-    "vocab_size": {"vocab_size": 1100, "bias": normal(1300, seed=40)},
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

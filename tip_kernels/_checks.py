@@ -24,6 +24,11 @@ def expect(ok: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
 
 
+def is_int(value: object) -> bool:
+    """An int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def finite_number(name: str, value: object, *, positive: bool = False) -> float:
     """value as a float; refused unless it is a finite int or float, and above 0 where asked."""
     expected = "a finite number above 0" if positive else "a finite number"

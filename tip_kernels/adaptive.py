@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from tip_kernels._checks import expect, finite_number
+from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels._ranking import _run_starts
 from tip_kernels.select import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
 from tip_kernels.stats import TokenStats
@@ -55,7 +55,7 @@ class AdaptiveFocus:
         expect(0 <= finite_number("tolerance", tolerance) < 1, "tolerance", "a number in [0, 1)", tolerance)
         expect(0 < finite_number("step", step) < 1, "step", "a number in (0, 1)", step)
         expect(0 < finite_number("floor", floor) <= 1, "floor", "a number in (0, 1]", floor)
-        ok = isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 0
+        ok = is_int(warmup) and warmup >= 0
         expect(ok, "warmup", "an int of at least 0", warmup)
         self.beta, self.tolerance, self.step, self.floor, self.warmup = beta, tolerance, step, floor, warmup
         self.group = group

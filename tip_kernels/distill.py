@@ -144,7 +144,8 @@ def distill(
         learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device, ids)
     at_rows = rows_of_stats(stats, rows_t, divergence, ids, learned_at)
     if at_rows is None:
-        at_rows = batch.measure_late(ids, divergence.needs | needed(divergence, rows_t), learned_at)
+        late = divergence.needs | needed(divergence, rows_t) | ({"logp_s"} if ce_weight else frozenset())
+        at_rows = batch.measure_late(ids, late, learned_at)
         stats = stats if adaptive else batch.filled(stats, at_rows, ids)
     projections = len(with_logits(rows_s, rows_t))
     if projections == 2 and any(term.class_b for _, term in divergence.terms):
@@ -229,9 +230,10 @@ class _Batch:
         self, ids: Tensor, at_rows: dict[str | Blend, Tensor], stats: TokenStats, temperature: float | Tensor
     ) -> dict[str, Tensor]:
         """The student's normaliser and label log-probability, at temperature 1, of the rows ids."""
-        if not isinstance(temperature, Tensor) and temperature == 1.0 and stats.logp_s is not None:
+        at_one = not isinstance(temperature, Tensor) and temperature == 1.0
+        if at_one and "logp_s" not in at_rows and stats.logp_s is not None:
             at_rows = {**at_rows, "logp_s": stats.logp_s[ids]}
-        else:
+        if not at_one or "logp_s" not in at_rows:
             at_rows = self._measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
         return {name: at_rows[name] for name in ("shift_s", "logsum_s", "logp_s")}
 

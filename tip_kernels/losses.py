@@ -163,21 +163,14 @@ def rows_of_stats(
 ) -> dict[str | Blend, Tensor] | None:
     """What the loss needs of stats at the rows ids, or None where not measured so, or at another temperature."""
     needs = needed(divergence, teacher)
-    same = _same_temperature(temperature, stats._temperature)
-    same = same and _same_listed(stats._listed_ids, getattr(teacher, "ids", None))
+    same = _same(temperature, stats._temperature) and _same(getattr(teacher, "ids", None), stats._listed_ids)
     fields = {name: stats._get(name) for name in needs | NORMALISER_FIELDS}
     if not same or any(value is None for value in fields.values()):
         return None
     return {name: value[ids] for name, value in fields.items()}
 
 
-def _same_listed(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.device.type == "cpu" and torch.equal(a, b))  # elsewhere comparing would have to wait
-
-
-def _same_temperature(a: float | Tensor, b: float | Tensor) -> bool:
+def _same(a: float | Tensor | None, b: float | Tensor | None) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.device.type == "cpu" and torch.equal(a, b))  # elsewhere comparing would have to wait
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
@@ -197,6 +190,11 @@ class RowTask:
     ce: CrossEntropy | None = None
     grad_logits: str = "dense"
 
+    @property
+    def muted(self) -> bool:
+        """Whether the label loss stands alone, so that a divergence of +inf must not matter: 0 * inf is NaN."""
+        return not isinstance(self.factor, Tensor) and self.factor == 0
+
 
 def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
@@ -212,19 +210,18 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
         value = value + weight * term.value(row)
         terms.append(row_grad.Term(weight, term.gradient, term.params, term.scalars(row)))
     factor = task.factor if isinstance(task.factor, Tensor) else torch.full_like(value, task.factor)
-    muted = not isinstance(task.factor, Tensor) and task.factor == 0  # the label loss alone: 0 * inf must not matter
     limit = task.divergence.max_per_row
     if limit is not None:
         loss = value.clamp(max=limit) * factor
         factor = torch.where(value > limit, 0.0, factor)
     else:
-        loss = torch.zeros_like(value) if muted else value * factor
+        loss = torch.zeros_like(value) if task.muted else value * factor
     reads_labels = task.ce is not None or any("label_factor" in term.rows for term in terms)
     labels = task.labels[task.ids] if reads_labels else None
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
     gradient = GradientSweep(
-        sweep, task.grad_logits, terms, factor, torch.isfinite(loss), labels, task.ce, muted or limit is not None
+        sweep, task.grad_logits, terms, factor, torch.isfinite(loss), labels, task.ce, task.muted or limit is not None
     )
     return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
@@ -255,8 +252,7 @@ def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
         every = torch.arange(task.ids.numel(), device=y.device)
         at_rows = measure(*pair, task.divergence.needs, workspace=task.workspace)
         loss = row_loss(*pair, RowTask(task.divergence, every, at_rows, 1.0, task.workspace))
-    muted = not isinstance(task.factor, Tensor) and task.factor == 0
-    loss = torch.zeros_like(loss) if muted else loss * task.factor
+    loss = torch.zeros_like(loss) if task.muted else loss * task.factor
     if task.ce is not None:
         cross_entropy = y.logsumexp(1) - logits[:, n_outcomes]
         loss = loss + task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, cross_entropy)

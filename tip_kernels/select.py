@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, finite_number, flat_rows
+from tip_kernels._checks import expect, finite_number, flat_rows, is_int
 from tip_kernels._ranking import best_of_groups, min_max, quantile, share_below
 from tip_kernels.stats import TokenStats
 
@@ -67,7 +67,7 @@ class Kept:
         Returns ids (capacity,) int64 and valid (capacity,) bool, False for a spare row.
         """
         n_rows = self.mask.numel()
-        expect(_is_int(capacity) and 0 <= capacity <= n_rows, "capacity", f"an int in [0, {n_rows}]", capacity)
+        expect(is_int(capacity) and 0 <= capacity <= n_rows, "capacity", f"an int in [0, {n_rows}]", capacity)
         spare, ids = (~self.mask).sort(stable=True)
         return ids[:capacity], ~spare[:capacity]
 
@@ -190,18 +190,18 @@ class QuotaRule(Rule):
     min_rows: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
-        ok = self.keep >= 1 if _is_int(self.keep) else isinstance(self.keep, float) and 0 < self.keep <= 1
+        ok = self.keep >= 1 if is_int(self.keep) else isinstance(self.keep, float) and 0 < self.keep <= 1
         expect(ok, "keep", "a fraction in (0, 1] as a float, or an int of at least 1", self.keep)
         hint = " (across ranks, 'global', is not offered yet)" if self.scope == "global" else ""
         expect(self.scope in ("rollout", "batch"), "scope", f"'rollout' or 'batch'{hint}", self.scope)
-        expect(_is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
+        expect(is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
         if self.scope == "batch":
             n_groups = 1
         elif n_groups is None:
             n_groups = n_rows
-        if _is_int(self.keep):
+        if is_int(self.keep):
             return min(n_rows, n_groups * max(self.keep, self.min_rows))
         # A group of m rows keeps at most min_rows + keep (m - min_rows) + 1e-6: summed, and 1e-6 for the rounding here.
         bound = self.keep * n_rows + (1 - self.keep) * self.min_rows * n_groups + 1e-6 * (n_groups + 1)
@@ -497,20 +497,16 @@ def _cut(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
     return quantile(x, rows, cut[1]).float() if isinstance(cut, tuple) else float(cut)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_statistic(name: str, value: object) -> None:
     expect(value in _STATISTICS, name, f"a TokenStats statistic ({', '.join(_STATISTICS)})", value)
 
 
 def _check_cut(name: str, cut: object) -> None:
     if isinstance(cut, tuple):
-        ok = len(cut) == 2 and cut[0] == "quantile" and (isinstance(cut[1], float) or _is_int(cut[1]))
+        ok = len(cut) == 2 and cut[0] == "quantile" and (isinstance(cut[1], float) or is_int(cut[1]))
         expect(ok and 0 <= cut[1] <= 1, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
     else:
-        ok = (isinstance(cut, float) or _is_int(cut)) and math.isfinite(cut)
+        ok = (isinstance(cut, float) or is_int(cut)) and math.isfinite(cut)
         expect(ok, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, finite_number
+from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels._ranking import quantile
-from tip_kernels.select import QuotaRule, Rule, _check_statistic, _is_int
+from tip_kernels.select import QuotaRule, Rule, _check_statistic
 
 
 @dataclass(frozen=True)
@@ -168,4 +168,4 @@ def _between_quantiles(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _check_top_k(top_k: object) -> None:
-    expect(_is_int(top_k) and top_k >= 1, "top_k", "an int of at least 1", top_k)
+    expect(is_int(top_k) and top_k >= 1, "top_k", "an int of at least 1", top_k)

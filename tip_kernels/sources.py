@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect, finite_number
+from tip_kernels._checks import FLOATS, expect, finite_number, is_int
 from tip_kernels.topk import TopK, TopKRows
 
 
@@ -60,13 +60,22 @@ class Head:
         if self.softcap is not None:
             finite_number("softcap", self.softcap, positive=True)
         if (v := self.vocab_size) is not None:
-            ok = isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= w.shape[0]
+            ok = is_int(v) and 1 <= v <= w.shape[0]
             expect(ok, "vocab_size", f"an int from 1 to weight's {w.shape[0]} rows", v)
 
 
 def _collapses(x: Tensor) -> bool:
     """Whether a (B, T, V) tensor is a view of a (B * T, V) one."""
     return x.shape[0] <= 1 or x.shape[1] <= 1 or x.numel() == 0 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _taken(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Rows b * T + t of an (N, C) or (B, T, C) tensor, (R, C)."""
+    if x.dim() == 2:
+        return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return x[rows // x.shape[1], rows % x.shape[1]]
 
 
 class LogitRows:
@@ -108,14 +117,7 @@ class LogitBlock:
 
     def tile(self, v0: int, v1: int, out: Tensor, weight: None = None) -> Tensor:
         """Logits of columns v0 to v1, fp32 (R, C), written into out."""
-        if self.source.matrix is None:
-            (logits,), rows = self.source.leaves, self.rows
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=out.device)
-            steps = logits.shape[1]
-            return out.copy_(logits[rows // steps, rows % steps, v0:v1])
-        columns = self.source.matrix[:, v0:v1]
-        return out.copy_(columns[self.rows] if isinstance(self.rows, slice) else columns.index_select(0, self.rows))
+        return out.copy_(_taken(self.source.leaves[0][..., v0:v1], self.rows))
 
 
 class HeadRows:
@@ -153,15 +155,6 @@ class HeadRows:
         other.hidden, other.weight, other.bias = (*leaves, None, None, None)[:3]
         return other
 
-    def gathered(self, rows: slice | Tensor) -> Tensor:
-        """Hidden states of the given rows, (R, H)."""
-        if self.hidden.dim() == 2:
-            return self.hidden[rows] if isinstance(rows, slice) else self.hidden.index_select(0, rows)
-        if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop, device=self.device)
-        steps = self.hidden.shape[1]
-        return self.hidden[rows // steps, rows % steps]
-
     def weight_tile(self, v0: int, v1: int) -> Tensor:
         """Rows v0 to v1 of the weight in the dtype the products are taken in, (C, H)."""
         return self._operand(self.weight[v0:v1])
@@ -176,7 +169,7 @@ class HeadBlock:
     """R rows of a Head with their hidden states gathered once."""
 
     def __init__(self, source: HeadRows, rows: slice | Tensor) -> None:
-        hidden = source.gathered(rows)
+        hidden = _taken(source.hidden, rows)
         self.source = source
         self.hidden = source._operand(hidden)
         self.n_rows = hidden.shape[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, flag, flat_rows, row_temperature, workspace_bytes
+from tip_kernels._checks import expect, flag, flat_rows, is_int, row_temperature, workspace_bytes
 from tip_kernels.eager.online import Blend
 from tip_kernels.measure import (
     IGNORE_LABEL,
@@ -105,9 +105,7 @@ def token_stats(
     rows_t = None if teacher is None else teacher_rows(teacher)
     if rows_t is not None:
         check_pair(rows_s, rows_t)
-    expect(
-        isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0, "top_k", "an int of at least 0", top_k
-    )
+    expect(is_int(top_k) and top_k >= 0, "top_k", "an int of at least 0", top_k)
     expect(top_k == 0 or teacher is not None, "top_k", "0 without a teacher", top_k)
     flag("margins", margins)
     if isinstance(rows_t, TopKRows):

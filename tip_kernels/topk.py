@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect
+from tip_kernels._checks import FLOATS, expect, is_int
 
 ABSENT = -1  # the id of an entry that is none
 LEAST_REST = 2.0**-24  # 1 less a sum of probabilities in fp32 knows no better
@@ -102,7 +102,7 @@ class TopK:
         becomes row i, whose logits predict that token. Entry 0 (None in vLLM) has no such row and is dropped; the last
         row has no entries. Masking rows is left to row_mask. Raises ValueError naming the argument.
         """
-        ok = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+        ok = is_int(k) and k >= 1
         expect(ok, "k", "an int of at least 1", k)
         form = "a list over positions of None or {token id: log-probability}, or a list of such lists"
         ok = isinstance(prompt_logprobs, Sequence) and not isinstance(prompt_logprobs, str)
