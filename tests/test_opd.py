@@ -17,13 +17,14 @@ import torch
 import tip_kernels as tip
 from tip_kernels import __main__ as command
 from tip_kernels.adaptive import AdaptiveFocus
+from tip_kernels.names import DIVERGENCES, RULES, divergence_of
 
 pytest.importorskip("transformers")
 
 from tip_kernels.opd import UsageError, addition, cli, settings, train
 from tip_kernels.opd.pair import likeliest, load_pair
 from tip_kernels.opd.rollout import left_pad, sample
-from tip_kernels.opd.settings import DIVERGENCES, PACKAGED, RULES, Settings, divergence_of
+from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task
 from tip_kernels.opd.train import Loop
 

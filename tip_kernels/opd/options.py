@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 
+from tip_kernels import names
+from tip_kernels.names import DIVERGENCES, RULES
 from tip_kernels.opd import UsageError
-from tip_kernels.opd.settings import DIVERGENCES, PRESETS, RULES, Settings, divergence_of
+from tip_kernels.opd.settings import PRESETS, Settings
 
 DESCRIPTION = """\
 On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
@@ -23,24 +26,20 @@ class Parser(argparse.ArgumentParser):
 
 def keep_of(text: str) -> float | int:
     """'0.2' is a fraction of a rollout's tokens, '64' a number of them."""
-    try:
-        value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        value = math.nan
-    if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
-        raise argparse.ArgumentTypeError(
-            f"expected a fraction in (0, 1] or a whole number of tokens of at least 1, got {text!r}"
-        )
-    return value
+    return _argument(names.keep_of, text)
 
 
 def divergence(text: str) -> str:
     """'todi', or with parameters 'todi:2'; it stays text, which is what a run stores."""
+    _argument(names.divergence_of, text)
+    return text
+
+
+def _argument(read: Callable[[str], object], text: str):
     try:
-        divergence_of(text)
+        return read(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def whole(least: int):

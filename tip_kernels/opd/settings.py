@@ -1,4 +1,4 @@
-"""What a run is asked to do, and the rules, divergences and presets by their command-line names."""
+"""What a run is asked to do."""
 
 from __future__ import annotations
 
@@ -7,34 +7,9 @@ from pathlib import Path
 
 import torch
 
-import tip_kernels as tip
 from tip_kernels.adaptive import AdaptiveFocus
+from tip_kernels.names import RULES, divergence_of
 
-RULES = {
-    "all": lambda keep, generator: tip.KeepAll(),
-    "entropy": lambda keep, generator: tip.TopEntropy(keep),
-    "sample_entropy": lambda keep, generator: tip.SampleEntropy(keep, generator=generator),
-    "soft_or": lambda keep, generator: tip.SoftOr(keep),
-    "soft_or_minmax": lambda keep, generator: tip.SoftOr(keep, normalize="minmax"),
-    "overconfident": lambda keep, generator: tip.Overconfident(keep),
-    "divergence": lambda keep, generator: tip.TopDivergence(keep),
-    "hellinger": lambda keep, generator: tip.TopHellinger(keep),
-    "random": lambda keep, generator: tip.RandomRows(keep, generator=generator),
-}
-DIVERGENCES = {  # name: the divergence, and its parameters where `name:1,2` does not say others
-    "reverse_kl": (tip.ReverseKL, ()),
-    "forward_kl": (tip.ForwardKL, ()),
-    "jeffreys": (tip.Jeffreys, ()),
-    "jsd": (tip.JSD, (0.5,)),
-    "skew_forward_kl": (tip.SkewForwardKL, (0.1,)),
-    "skew_reverse_kl": (tip.SkewReverseKL, (0.1,)),
-    "tvd": (tip.TVD, ()),
-    "hellinger_sq": (tip.HellingerSq, ()),
-    "renyi": (tip.Renyi, (0.5,)),
-    "alpha_beta": (tip.AlphaBeta, (0.2, 0.7)),
-    "todi": (tip.ToDi, (1.0,)),
-    "sampled_reverse_kl": (tip.SampledReverseKL, (None,)),
-}
 PRESETS = ("adakd",)
 PACKAGED = Path(__file__).parent / "models"  # teacher/ and student/, made by retrain.py
 MAY_CHANGE = ("steps", "eval_every", "device")  # on --resume; everything else must be as the run began
@@ -78,23 +53,3 @@ class Settings:
     def make_focus(self) -> AdaptiveFocus | None:
         """AdaKD's ratio of kept rows; it starts to move when the learning rate has risen, whatever --steps says."""
         return AdaptiveFocus(warmup=self.warmup) if self.preset == "adakd" else None
-
-
-def divergence_of(text: str) -> tip.Divergence:
-    """The divergence called "jsd", or with parameters "jsd:0.1". Raises ValueError where it is none."""
-    name, colon, listed = text.partition(":")
-    if name not in DIVERGENCES:
-        known = ", ".join(DIVERGENCES)
-        raise ValueError(f"expected one of {known}, some with parameters as in jsd:0.1, got {text!r}")
-    kind, parameters = DIVERGENCES[name]
-    if colon:
-        count = len(parameters)
-        try:
-            given = tuple(float(number) for number in listed.split(","))
-        except ValueError:
-            given = ()
-        if not count or len(given) != count:
-            form = ":" + ",".join(["NUMBER"] * count) if count else ""
-            raise ValueError(f"expected {name}{form}, got {text!r}")
-        parameters = given
-    return kind(*parameters)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import tip_kernels as tip
 from tip_kernels.adaptive import adakd
+from tip_kernels.names import divergence_of
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.pair import Pair, Side, likeliest
 from tip_kernels.opd.rollout import Rollouts, sample
-from tip_kernels.opd.settings import Settings, divergence_of
+from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.task import Task
 from tip_kernels.topk import TopK
 

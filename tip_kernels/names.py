@@ -1,0 +1,80 @@
+"""Rules, divergences and amounts by the names that command lines and configuration files use."""
+
+from __future__ import annotations
+
+import math
+
+import tip_kernels as tip
+from tip_kernels._checks import is_int
+
+RULES = {
+    "all": lambda keep, generator: tip.KeepAll(),
+    "entropy": lambda keep, generator: tip.TopEntropy(keep),
+    "sample_entropy": lambda keep, generator: tip.SampleEntropy(keep, generator=generator),
+    "soft_or": lambda keep, generator: tip.SoftOr(keep),
+    "soft_or_minmax": lambda keep, generator: tip.SoftOr(keep, normalize="minmax"),
+    "overconfident": lambda keep, generator: tip.Overconfident(keep),
+    "divergence": lambda keep, generator: tip.TopDivergence(keep),
+    "hellinger": lambda keep, generator: tip.TopHellinger(keep),
+    "random": lambda keep, generator: tip.RandomRows(keep, generator=generator),
+}
+DIVERGENCES = {  # name: the divergence, and its parameters where `name:1,2` does not say others
+    "reverse_kl": (tip.ReverseKL, ()),
+    "forward_kl": (tip.ForwardKL, ()),
+    "jeffreys": (tip.Jeffreys, ()),
+    "jsd": (tip.JSD, (0.5,)),
+    "skew_forward_kl": (tip.SkewForwardKL, (0.1,)),
+    "skew_reverse_kl": (tip.SkewReverseKL, (0.1,)),
+    "tvd": (tip.TVD, ()),
+    "hellinger_sq": (tip.HellingerSq, ()),
+    "renyi": (tip.Renyi, (0.5,)),
+    "alpha_beta": (tip.AlphaBeta, (0.2, 0.7)),
+    "todi": (tip.ToDi, (1.0,)),
+    "sampled_reverse_kl": (tip.SampledReverseKL, (None,)),
+}
+
+
+def divergence_of(text: str) -> tip.Divergence:
+    """The divergence called "jsd", or with parameters "jsd:0.1". Raises ValueError where it is none."""
+    name, colon, listed = text.partition(":")
+    if name not in DIVERGENCES:
+        known = ", ".join(DIVERGENCES)
+        raise ValueError(f"expected one of {known}, some with parameters as in jsd:0.1, got {text!r}")
+    kind, parameters = DIVERGENCES[name]
+    if colon:
+        count = len(parameters)
+        try:
+            given = tuple(float(number) for number in listed.split(","))
+        except ValueError:
+            given = ()
+        if not count or len(given) != count:
+            form = ":" + ",".join(["NUMBER"] * count) if count else ""
+            raise ValueError(f"expected {name}{form}, got {text!r}")
+        parameters = given
+    return kind(*parameters)
+
+
+def keep_of(value: str | float) -> float | int:
+    """How much is kept: 0.2 or "0.2" is a fraction of the tokens, 64 or "64" a number of them, "1.0" every token."""
+    given = value
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        except ValueError:
+            value = math.nan
+    if not (value >= 1 if is_int(value) else isinstance(value, float) and 0 < value <= 1):
+        raise ValueError(f"expected a fraction in (0, 1] or a whole number of tokens of at least 1, got {given!r}")
+    return value
+
+
+def cut_of(value: str | float) -> float | tuple[str, float]:
+    """A threshold: a number in nats, as it is or as text, or "quantile:0.9" for a quantile of the batch."""
+    name, colon, share = str(value).partition(":")
+    try:
+        number = float(share if colon else name)
+    except ValueError:
+        number = math.nan
+    ok = name == "quantile" and 0 <= number <= 1 if colon else math.isfinite(number)
+    if not ok:
+        raise ValueError(f"expected a finite number in nats, or quantile:Q with Q in [0, 1], got {value!r}")
+    return ("quantile", number) if colon else number
