@@ -5,31 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, row_temperature, workspace_bytes
+from tip_kernels._batch import Batch
+from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, is_int, row_temperature, workspace_bytes
 from tip_kernels.divergences import Divergence, ReverseKL
-from tip_kernels.eager.online import Blend
 from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
-from tip_kernels.measure import (
-    LABEL_FIELDS,
-    PRIVATE_FIELDS,
-    STUDENT_FIELDS,
-    TEACHER_FIELDS,
-    TOP_FIELDS,
-    measure,
-    with_logits,
-)
-from tip_kernels.select import Kept, Rule, SoftOr
-from tip_kernels.sources import Head, Rows, check_pair, rows_of, teacher_rows
-from tip_kernels.stats import TokenStats, check_labels, stats_record
+from tip_kernels.measure import LABEL_FIELDS, TOP_FIELDS, with_logits
+from tip_kernels.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
+from tip_kernels.select import KeepAll, Kept, Rule, SoftOr
+from tip_kernels.sources import Head, check_pair, rows_of, teacher_rows
+from tip_kernels.stats import TokenStats, check_labels
 from tip_kernels.topk import TopK, TopKRows
 
-_FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
 
 
@@ -37,7 +29,10 @@ Temperature = float | Tensor | Callable[[TokenStats], Tensor]
 class Plan:
     """How a distill call did its work.
 
-    strategy       "two sweeps": measure, then one gradient sweep over kept rows in backward
+    strategy       "one sweep": gradients are made while the logits are at hand
+                   "two sweeps": measure, then one gradient sweep over kept rows in backward
+                   "two sweeps, the second by rows": the kept rows are projected once more, measured and learned from
+                   at a time, where that saves a third sweep
     units          products of N x H x V that forward and a full backward take, by the rows of each sweep
     workspace_mib  what the call may use beyond inputs, gradients and (N,) tensors
     kept_rows      () int64 on the device: how many rows were kept
@@ -76,6 +71,7 @@ def distill(
     normalizer: str | float = "kept",
     workspace_mib: float = 256,
     full_stats: bool = False,
+    sweeps: int | None = None,
 ) -> Distilled:
     """Measures all rows, keeps those that the rule chooses, and returns a loss on them.
 
@@ -101,6 +97,9 @@ def distill(
     workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors; a Head's backward holds
                       d(hidden) of the kept rows once more, in fp32
     full_stats        measure both lse, entropies and KLs and hellinger_sq of every row, also where nothing needs them
+    sweeps            None chooses. 2: measure, and project the kept rows again in backward. 1: gradients are made while
+                      the logits are at hand, which saves two products of every kept row and keeps whole rows of logits
+                      in the workspace; the gradient then exists before backward, which hands it over
 
     Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row
     whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once.
@@ -121,7 +120,7 @@ def distill(
         ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
         expect(ok, "select", "a rule that needs no logits of the teacher, which is a TopK", select)
     workspace = workspace_bytes(workspace_mib)
-    batch = _Batch(rows_s, rows_t, check_labels(labels, rows_s), row_mask, rollout_ids, workspace)
+    batch = Batch(rows_s, rows_t, check_labels(labels, rows_s), row_mask, rollout_ids, workspace)
     weights = None
     if row_weights is not None:
         weights = flat_rows("row_weights", row_weights, rows_s.batch_shape, FLOATS, rows_s.device)
@@ -135,35 +134,20 @@ def distill(
     expect(number or normalizer in ("kept", "all"), "normalizer", "'kept', 'all' or a number above 0", normalizer)
     flag("temperature_sq", temperature_sq)
     flag("full_stats", full_stats)
+    expect(sweeps is None or (is_int(sweeps) and sweeps in (1, 2)), "sweeps", "1, 2 or None", sweeps)
 
-    stats = batch.measure_for(select, divergence, measured_at, full_stats or adaptive)
-    kept = select(stats, row_mask=batch.row_mask, rollout_ids=rollout_ids)
-    ids, valid = batch.slots(kept, select)
-    learned_at = measured_at
-    if adaptive:
-        learned_at = row_temperature(temperature(stats), rows_s.batch_shape, rows_s.device, ids)
-    at_rows = rows_of_stats(stats, rows_t, divergence, ids, learned_at)
-    if at_rows is None:
-        late = divergence.needs | needed(divergence, rows_t) | ({"logp_s"} if ce_weight else frozenset())
-        at_rows = batch.measure_late(ids, late, learned_at)
-        stats = stats if adaptive else batch.filled(stats, at_rows, ids)
-    projections = len(with_logits(rows_s, rows_t))
-    if projections == 2 and any(term.class_b for _, term in divergence.terms):
-        batch.count(ids, projections)
+    lesson = Lesson(divergence, batch.labels, ce_weight, measured_at, temperature_sq, weights, normalizer)
+    strategy, stats, kept, valid, learned = _learned(
+        batch, select, rollout_ids, lesson, temperature if adaptive else None, full_stats, sweeps
+    )
+    ids = learned.ids
 
-    factor = 1.0 - ce_weight
-    if temperature_sq:
-        factor = factor * (learned_at[ids] if isinstance(learned_at, Tensor) else learned_at) ** 2
-    ce = CrossEntropy(ce_weight, batch.label_rows(ids, at_rows, stats, learned_at)) if ce_weight else None
-    task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, factor, ce)
-    losses = row_loss(rows_s, rows_t, task)
-    if losses.requires_grad:
-        batch.count(ids, projections + sum(leaf.requires_grad for leaf in rows_s.leaves[:2] if rows_s.width))
-    usable = valid & torch.isfinite(losses.detach())
-    w = usable.float()
-    for factor in (weights, kept._weights):
-        w = w if factor is None else w * factor[ids]
-    loss = (w * torch.where(usable, losses, 0.0)).sum() / batch.normalizer(normalizer, w)
+    usable = valid & torch.isfinite(learned.losses.detach())
+    w = torch.where(usable, lesson.weights(ids, valid, kept), 0.0)
+    total = batch.normalizer(normalizer, w)
+    loss = (w * torch.where(usable, learned.losses, 0.0)).sum() / total
+    if learned.gradients is not None:
+        loss = delivered(loss, learned, w, total, rows_s, rows_t)
     dropped = (valid & ~usable).sum()
     if dropped.device.type == "cpu" and int(dropped):
         warnings.warn(
@@ -172,122 +156,74 @@ def distill(
             RuntimeWarning,
             stacklevel=2,
         )
-    return Distilled(loss, stats, kept, Plan("two sweeps", batch.units, workspace_mib, valid.sum(), dropped))
+    return Distilled(loss, stats, kept, Plan(strategy, batch.units, workspace_mib, valid.sum(), dropped))
 
 
-class _Batch:
-    """The rows of one distill call: which are measured, which were found NaN, and how many products that took."""
+def _learned(
+    batch: Batch,
+    select: Rule,
+    rollout_ids: Tensor | None,
+    lesson: Lesson,
+    temperature_of: Callable[[TokenStats], Tensor] | None,
+    full_stats: bool,
+    sweeps: int | None,
+) -> tuple[str, TokenStats, Kept, Tensor, Learned]:
+    """The strategy taken, the statistics, the kept rows, which of their slots are real, and what was learned."""
+    student, teacher, divergence, measured_at = batch.student, batch.teacher, lesson.divergence, lesson.temperature
+    adaptive = temperature_of is not None
+    need = tuple(leaf.requires_grad for leaf in student.leaves) if torch.is_grad_enabled() else ()
+    label = frozenset({"logp_s"}) if lesson.ce_weight else frozenset()
+    want, with_teacher = batch.wanted(select, divergence, full_stats or adaptive)
+    late = divergence.needs | label
 
-    def __init__(
-        self,
-        student: Rows,
-        teacher: Rows | TopKRows,
-        labels: Tensor | None,
-        row_mask: Tensor | None,
-        rollout_ids: Tensor | None,
-        workspace: int,
-    ) -> None:
-        self.student, self.teacher, self.labels, self.workspace = student, teacher, labels, workspace
-        self.n_rows = student.n_rows
-        self.n_rollouts = math.prod(student.batch_shape[:-1])
-        if isinstance(rollout_ids, Tensor) and rollout_ids.device == student.device and student.device.type != "cpu":
-            self.n_rollouts = torch.unique(rollout_ids).numel()  # the one wait, before anything is measured
-        self.units = 0.0
-        self.top_k = 0
-        self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
-        if row_mask is None:
-            row_mask = torch.ones(self.n_rows, dtype=torch.bool, device=student.device)
-        else:
-            on_cpu = isinstance(row_mask, Tensor) and row_mask.device.type == "cpu"
-            device = row_mask.device if on_cpu else student.device
-            row_mask = flat_rows("row_mask", row_mask, student.batch_shape, (torch.bool,), device)
-            if on_cpu:
-                self.trainable = row_mask.nonzero().squeeze(1).to(student.device)
-        self.row_mask = row_mask.to(student.device)
-        self.sane = self.row_mask  # unmasked rows without those that a measurement found NaN
-
-    def measure_for(
-        self, rule: Rule, divergence: Divergence, temperature: float | Tensor, everything: bool
-    ) -> TokenStats:
-        """The statistics that the rule reads, and those of the loss where they come with them."""
-        self.top_k = getattr(rule, "top_k", 0)
-        want = rule.needs | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
-        with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
-        if self.labels is not None and want:
-            want = want | (LABEL_FIELDS if with_teacher else {"logp_s"})
-        if with_teacher:
-            want = want | divergence.needs
-        measured = self._measure(self.trainable, want, temperature, with_teacher) if want else {}
-        if self.trainable is not None:
-            measured = {name: _scattered(value, self.trainable, self.n_rows) for name, value in measured.items()}
-        return self._record(measured, temperature, partial=self.trainable is not None)
-
-    def measure_late(self, ids: Tensor, want: frozenset[str], temperature: float | Tensor) -> dict[str, Tensor]:
-        """What the loss needs of the kept rows alone."""
-        return self._measure(ids, want, temperature, with_teacher=True)
-
-    def label_rows(
-        self, ids: Tensor, at_rows: dict[str | Blend, Tensor], stats: TokenStats, temperature: float | Tensor
-    ) -> dict[str, Tensor]:
-        """The student's normaliser and label log-probability, at temperature 1, of the rows ids."""
-        at_one = not isinstance(temperature, Tensor) and temperature == 1.0
-        if at_one and "logp_s" not in at_rows and stats.logp_s is not None:
-            at_rows = {**at_rows, "logp_s": stats.logp_s[ids]}
-        if not at_one or "logp_s" not in at_rows:
-            at_rows = self._measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
-        return {name: at_rows[name] for name in ("shift_s", "logsum_s", "logp_s")}
-
-    def _measure(
-        self, ids: Tensor | None, want: frozenset[str], temperature: float | Tensor, with_teacher: bool
-    ) -> dict[str, Tensor]:
-        measured = measure(
-            self.student,
-            self.teacher if with_teacher else None,
-            want,
-            rows=ids,
-            labels=self.labels,
-            temperature=temperature,
-            top_k=self.top_k if want & TOP_FIELDS else 0,
-            workspace=self.workspace,
+    kept = None
+    if not select.needs and not adaptive and (not full_stats or isinstance(select, KeepAll)):
+        kept = select(batch.record({}, measured_at, partial=True), batch.row_mask, rollout_ids)
+        ids, valid = batch.slots(kept, select)
+        if sweeps != 2 and (plan := layout(batch, need, ids.numel())):
+            one = OneSweep(batch, lesson, need, plan)
+            learned = one.known(ids, lesson.weights(ids, valid, kept), want | late)
+            return "one sweep", one.stats(partial=not isinstance(select, KeepAll)), kept, valid, learned
+    elif sweeps != 2 and not adaptive and (plan := stash_layout(batch, need, select)):
+        one = OneSweep(batch, lesson, need, plan)
+        kept = one.speculated(select, rollout_ids, want | label, with_teacher)
+        learned = one.settled(kept, None if with_teacher else late)
+        valid = torch.ones_like(learned.ids, dtype=torch.bool)
+        return "one sweep", one.stats(partial=not with_teacher), kept, valid, learned
+    if sweeps == 1:
+        raise ValueError(
+            "sweeps: expected 2 or None, since one sweep takes a student's Head that needs a gradient, a teacher with "
+            "logits, a temperature known beforehand, a rule that is known beforehand or has a quota and no generator "
+            f"(the latter on a CPU), and whole rows of logits within workspace_mib; got 1 for {select}"
         )
-        self.count(ids, len(with_logits(self.student, self.teacher if with_teacher else None)))
-        broken = measured["logsum_s"].isnan()
-        if with_teacher:
-            broken = broken | measured["logsum_t"].isnan()
-        self.sane = self.sane & ~(broken if ids is None else _scattered(broken, ids, self.n_rows))
-        return measured
 
-    def count(self, ids: Tensor | None, products: int) -> None:
-        """Adds that many products over the given rows to the units."""
-        self.units += products * (1.0 if ids is None else ids.numel() / max(self.n_rows, 1))
-
-    def filled(self, stats: TokenStats, at_rows: dict[str, Tensor], ids: Tensor) -> TokenStats:
-        """stats with the fields that were measured only of kept rows, NaN in the others."""
-        here = {name: stats._get(name) for name in (*_FIELDS, *stats._blends) if stats._get(name) is not None}
-        late = {name: _scattered(value, ids, self.n_rows) for name, value in at_rows.items() if name not in here}
-        return self._record(here | late, stats._temperature, partial=True)
-
-    def _record(self, measured: dict[str | Blend, Tensor], temperature: float | Tensor, *, partial: bool) -> TokenStats:
-        listed_ids = getattr(self.teacher, "ids", None)
-        return stats_record(measured, self.student, temperature, self.labels, self.top_k, listed_ids, partial)
-
-    def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Kept row ids and which of them are real: exact on a CPU, else as many slots as the rule may need."""
-        if kept.mask.device.type == "cpu":
-            return kept.row_ids, torch.ones_like(kept.row_ids, dtype=torch.bool)
-        groups = 1 if getattr(rule, "scope", "rollout") == "batch" else self.n_rollouts
-        return kept.slots(min(rule.capacity(self.n_rows, groups), self.n_rows))
-
-    def normalizer(self, kind: str | float, w: Tensor) -> Tensor | float:
-        """What the weighted sum of losses is divided by."""
-        if kind not in ("kept", "all"):
-            return kind
-        total = w.sum() if kind == "kept" else self.sane.sum().float()
-        return torch.where(total == 0, 1.0, total)
-
-
-def _scattered(value: Tensor, ids: Tensor, n_rows: int) -> Tensor:
-    """(n_rows, ...) with value at ids; NaN elsewhere, or False or -1 where the dtype has no NaN."""
-    empty = torch.nan if value.is_floating_point() else (False if value.dtype == torch.bool else -1)
-    out = torch.full((n_rows, *value.shape[1:]), empty, dtype=value.dtype, device=value.device)
-    return out.index_copy_(0, ids, value)
+    stats = batch.measure_for(want, measured_at, with_teacher)
+    if kept is None:
+        kept = select(stats, row_mask=batch.row_mask, rollout_ids=rollout_ids)
+        ids, valid = batch.slots(kept, select)
+    learned_at = measured_at
+    if adaptive:
+        learned_at = row_temperature(temperature_of(stats), student.batch_shape, student.device, ids)
+        lesson = replace(lesson, temperature=learned_at)
+    at_rows = rows_of_stats(stats, teacher, divergence, ids, learned_at)
+    projections = len(with_logits(student, teacher))
+    third = projections == 2 and any(term.class_b for _, term in divergence.terms)
+    if sweeps is None and (at_rows is None or third) and (plan := layout(batch, need, ids.numel())):
+        one = OneSweep(batch, lesson, need, plan)
+        learned = one.known(ids, lesson.weights(ids, valid, kept), late)
+        if not adaptive:
+            stats = batch.filled(stats, {name: value[ids] for name, value in one.fields.items()}, ids)
+        return "two sweeps, the second by rows", stats, kept, valid, learned
+    if at_rows is None:
+        at_rows = batch.measure(ids, late | needed(divergence, teacher), learned_at, with_teacher=True)
+        stats = stats if adaptive else batch.filled(stats, at_rows, ids)
+    if third:
+        batch.count(ids, projections)
+    ce = None
+    if lesson.ce_weight:
+        ce = CrossEntropy(lesson.ce_weight, batch.label_rows(ids, at_rows, stats, learned_at))
+    task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, lesson.factor(ids), ce)
+    losses = row_loss(student, teacher, task)
+    if losses.requires_grad:
+        batch.count(ids, projections + sum(need[:2] if student.width else ()))
+    return "two sweeps", stats, kept, valid, Learned(ids, losses, task)

@@ -200,6 +200,11 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
     if isinstance(teacher, TopKRows):
         return _outcome_loss(student, teacher, task)
+    return _RowLoss.apply(*differentiated(student, teacher, task), student, teacher, *student.leaves)
+
+
+def differentiated(student: Rows, teacher: Rows, task: RowTask) -> tuple[Tensor, GradientSweep]:
+    """The (S,) loss of rows whose statistics are known, without a graph, and the sweep that is its gradient."""
     tau = task.temperature[task.ids] if isinstance(task.temperature, Tensor) else task.temperature
     normalisers = {name: task.at_rows[name] for name in NORMALISER_FIELDS}
     sweep = Sweep(task.ids, normalisers, tau, task.workspace, backend_for(student.device))
@@ -220,10 +225,8 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
     labels = task.labels[task.ids] if reads_labels else None
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
-    gradient = GradientSweep(
-        sweep, task.grad_logits, terms, factor, torch.isfinite(loss), labels, task.ce, task.muted or limit is not None
-    )
-    return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
+    finite, clipped = torch.isfinite(loss), task.muted or limit is not None
+    return loss, GradientSweep(sweep, task.grad_logits, terms, factor, finite, labels, task.ce, clipped)
 
 
 def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
@@ -291,11 +294,11 @@ class _RowLoss(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
             grads = ctx.sweep.run(student, teacher, upstream.detach(), need)
         if torch.is_grad_enabled():  # create_graph=True: a gradient of the gradient would pass for 0
-            grads = [None if grad is None else _Once.apply(grad, *leaves) for grad in grads]
+            grads = [None if grad is None else Once.apply(grad, *leaves) for grad in grads]
         return (None, None, None, None, *grads)
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """A gradient that cannot be differentiated again, and says so."""
 
     @staticmethod

@@ -48,12 +48,14 @@ def measure(
     temperature: float | Tensor = 1.0,
     top_k: int = 0,
     workspace: int,
+    record: list[Tensor | None] | None = None,
 ) -> dict[str | Blend, Tensor]:
     """The wanted statistics of all rows, or of the rows with the given ids, as {field: (len(rows),)}.
 
     Private fields (shift and logsum of each model) come without asking. labels and temperature are (N,) over all rows.
     On the Triton backend the kernels measure everything but blends, top-k lists and a student beside a TopK, which are
     tiled torch everywhere. Beside a TopK the private fields hold the student's logits of its tokens, (len(rows), K).
+    record takes the logits of each source as they pass, fp32 (len(rows), V) at temperature 1, or None to let them go.
     """
     n_rows = student.n_rows if rows is None else rows.numel()
     if rows is not None:
@@ -64,7 +66,8 @@ def measure(
     blends = frozenset(name for name in want if isinstance(name, Blend))
     lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and not triton))
     with torch.autocast(student.device.type, enabled=False):
-        if triton and not blends and not lists and all(is_read_in_place(source) for source in sources):
+        in_place = record is None and all(is_read_in_place(source) for source in sources)
+        if triton and not blends and not lists and in_place:
             out = _measure_logits(sources, want, rows, labels, temperature, workspace)
         else:
             block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
@@ -79,7 +82,8 @@ def measure(
                 blocks = [source.block(ids) for source in sources]
                 if listed:
                     engines = [ListedEngine(teacher.ids[ids], columns, student.vocab, want)]
-                done.append(_measure_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k))
+                copies = [None if z is None else z[part] for z in record or [None] * len(sources)]
+                done.append(_measure_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k, copies))
             out = {name: torch.cat([d[name] for d in done]) for name in done[0]}
         if listed:
             out |= _outcome_fields(out, teacher, student.vocab, want, rows, labels, workspace)
@@ -91,8 +95,8 @@ class Engine(Protocol):
 
     def start(self, n_rows: int, temperature: float | Tensor) -> None: ...
 
-    def add(self, tiles: list[Tensor], v0: int) -> None:
-        """tiles of one or two models (R, C), fp32 logits at temperature 1; may overwrite them."""
+    def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
+        """tiles (R, C) of one or two models, fp32 logits at temperature 1; scratch of their shapes, maybe the same."""
 
     def finish(self) -> dict[str | Blend, Tensor]: ...
 
@@ -107,9 +111,9 @@ class EagerEngine:
         self.temperature, self.unit = temperature, 1 / (online.NATS * temperature)
         self.parts: list[online.State] = []
 
-    def add(self, tiles: list[Tensor], v0: int) -> None:
+    def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
         unit = self.unit.unsqueeze(1) if isinstance(self.unit, Tensor) else self.unit
-        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit))
+        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit, scratch))
 
     def finish(self) -> dict[str | Blend, Tensor]:
         return online.finish(online.merge(self.parts, self.unit), self.temperature)
@@ -132,7 +136,7 @@ class ListedEngine:
     def start(self, n_rows: int, temperature: float | Tensor) -> None:
         self.parts: list[online.State] = []
 
-    def add(self, tiles: list[Tensor], v0: int) -> None:
+    def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
         self.z = take_columns(tiles[0], self.ids, v0, self.z)
         hide_columns(tiles[0], self.ids, v0)
         self.parts.append(self.fold(tiles[0], None, 1 / online.NATS))
@@ -161,7 +165,7 @@ class TritonEngine:
     def start(self, n_rows: int, temperature: float | Tensor) -> None:
         self.state = self.kernels.new_state(n_rows, self.vocab, self.device, temperature=temperature, **self.settings)
 
-    def add(self, tiles: list[Tensor], v0: int) -> None:
+    def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
         self.kernels.fold_tile(self.state, *tiles, column=v0)
 
     def finish(self) -> dict[str | Blend, Tensor]:
@@ -229,8 +233,12 @@ def _measure_block(
     labels: Tensor | None,
     temperature: float | Tensor,
     top_k: int,
+    copies: list[Tensor | None],
 ) -> dict[str | Blend, Tensor]:
-    """The statistics of one block of rows: walks the vocabulary tile by tile. temperature is a float or (R,)."""
+    """The statistics of one block of rows: walks the vocabulary tile by tile. temperature is a float or (R,).
+
+    copies  (R, V) of each source that its tiles are left in, or None
+    """
     n_rows, vocab, device = blocks[0].n_rows, blocks[0].source.vocab, buffers[0].device
     tops = [TopList(n_rows, max(top_k, 2), device) for _ in blocks] if lists else []
     z_label = [torch.full((n_rows,), torch.nan, device=device) for _ in blocks]
@@ -238,7 +246,8 @@ def _measure_block(
         engine.start(n_rows, temperature)
     for v0, v1 in columns_of(vocab, columns):
         views = [buffer[: n_rows * (v1 - v0)].view(n_rows, v1 - v0) for buffer in buffers]
-        tiles = [block.tile(v0, v1, view) for block, view in zip(blocks, views, strict=True)]
+        places = [view if copy is None else copy[:, v0:v1] for copy, view in zip(copies, views, strict=True)]
+        tiles = [block.tile(v0, v1, place) for block, place in zip(blocks, places, strict=True)]
         for top, z, other in zip(tops, tiles, tiles[::-1], strict=False):
             top.update(z, other, v0)
         if labels is not None:
@@ -248,7 +257,7 @@ def _measure_block(
                 torch.where(inside, z.gather(1, place).squeeze(1), old) for z, old in zip(tiles, z_label, strict=True)
             ]
         for engine in engines:
-            engine.add(tiles, v0)
+            engine.add(tiles, v0, views)
     out: dict[str | Blend, Tensor] = {}
     for engine in reversed(engines):
         out |= engine.finish()

@@ -138,27 +138,14 @@ class LeafSweep:
     def _to_logits(
         self, student: LogitRows, teacher: Rows | TopKRows, upstream: Tensor, dead: Tensor | None
     ) -> list[Tensor]:
-        sources = with_logits(student, teacher)
-        parts, columns, buffers = self.sweep.blocks(sources, buffers=7)
         all_ids, leaf, matrix = self.sweep.ids, student.leaves[0], student.matrix
-        places = None if self.grad_logits == "compact" else all_ids
         if self.grad_logits == "inplace":
             out = matrix
         elif matrix is not None and self.grad_logits == "dense":
             out = torch.zeros_like(matrix)
         else:
             out = leaf.new_zeros(student.n_rows if self.grad_logits == "dense" else all_ids.numel(), student.vocab)
-        if not self.fill_rows(student, teacher, upstream, dead, out, scatter=places is not None):
-            for v0, v1 in columns_of(student.vocab, columns):
-                weights = [_weight_tile(source, v0, v1) for source in sources]
-                for part in parts:
-                    ids = all_ids[part]
-                    z = _tiles([source.block(ids) for source in sources], weights, buffers, v0, v1)
-                    g = self.dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
-                    if places is None:
-                        out[part, v0:v1] = g
-                    else:
-                        out[:, v0:v1].index_copy_(0, places[part], g)
+        self.write(student, teacher, upstream, dead, out, None if self.grad_logits == "compact" else all_ids)
         if self.grad_logits == "inplace":
             others = torch.ones(matrix.shape[0], 1, dtype=torch.bool, device=matrix.device).index_fill_(
                 0, all_ids, False
@@ -169,6 +156,35 @@ class LeafSweep:
                 all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
             )
         return [out.view(leaf.shape) if matrix is None else out]
+
+    def write(
+        self,
+        student: LogitRows,
+        teacher: Rows | TopKRows,
+        upstream: Tensor,
+        dead: Tensor | None,
+        out: Tensor,
+        places: Tensor | None,
+    ) -> None:
+        """Writes the gradient of logits in memory into rows places (S,) of out (., V), or into its first S.
+
+        out may be the logits' own storage where row i of the sweep is row places[i] of both, or i without places.
+        """
+        scatter = places is not None
+        if (not scatter or places is self.sweep.ids) and self.fill_rows(student, teacher, upstream, dead, out, scatter):
+            return
+        sources, all_ids = with_logits(student, teacher), self.sweep.ids
+        parts, columns, buffers = self.sweep.blocks(sources, buffers=7)
+        for v0, v1 in columns_of(student.vocab, columns):
+            weights = [_weight_tile(source, v0, v1) for source in sources]
+            for part in parts:
+                ids = all_ids[part]
+                z = _tiles([source.block(ids) for source in sources], weights, buffers, v0, v1)
+                g = self.dlogits_tile(student, z, part, v0, upstream, dead).to(out.dtype)
+                if places is None:
+                    out[part, v0:v1] = g
+                else:
+                    out[:, v0:v1].index_copy_(0, places[part], g)
 
     def _through_head(
         self, student: HeadRows, teacher: Rows | TopKRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
@@ -241,6 +257,7 @@ class GradientSweep(LeafSweep):
         self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool
     ) -> bool:
         plain = self.ce is None and self.labels is None and is_read_in_place(student) and is_read_in_place(teacher)
+        plain = plain and student.scale == 1.0 and student.softcap is None
         if self.sweep.backend != "triton" or not plain:
             return False
         weights = upstream * self.factor if dead is None else (upstream * self.factor).masked_fill(dead[:, 0], 0.0)

@@ -53,25 +53,31 @@ class Fold:
         self.entropy = {model: f"entropy_{model}" in want for model in "st"}
         self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(n_models + 1)]
 
-    def __call__(self, x_s: Tensor, x_t: Tensor | None, unit: float | Tensor) -> State:
-        """The state of one tile. x_s and x_t are logits (R, C), fp32, overwritten; unit is 1 / (c T), maybe (R, 1)."""
+    def __call__(
+        self, x_s: Tensor, x_t: Tensor | None, unit: float | Tensor, room: list[Tensor] | None = None
+    ) -> State:
+        """The state of one tile. x_s and x_t are logits (R, C), fp32; unit is 1 / (c T), maybe (R, 1).
+
+        room  (R, C) of each model to work in; without it x_s and x_t are overwritten
+        """
         banned = [_clamp_banned(x) for x in (x_s, x_t) if x is not None]
         scratch, *h = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
         state: State = {}
-        for model, x, h_x in zip("st", (x_s, x_t), h, strict=False):
+        u: list[Tensor] = []
+        for model, x, place, h_x in zip("st", (x_s, x_t), room or (x_s, x_t), h, strict=False):
             if x is not None:
                 k = x.amax(1, keepdim=True)
                 state[f"k_{model}"] = k.squeeze(1)
-                torch.exp2(x.sub_(k).mul_(unit), out=h_x)
+                u.append(torch.sub(x, k, out=place).mul_(unit))
+                torch.exp2(u[-1], out=h_x)
         if "hellinger_sq" in self.want:
             torch.sub(h[1], h[0], out=scratch)
             state["Q"] = scratch.mul_(scratch).sum(1)
-        for model, u, h_x in zip("st", (x_s, x_t), h, strict=False):
-            if u is not None:
-                e = h_x.mul_(h_x)
-                state[f"L_{model}"] = e.sum(1)
-                if self.entropy[model]:
-                    state[f"A_{model}"] = torch.mul(e, u, out=scratch).sum(1)
+        for model, u_x, h_x in zip("st", u, h, strict=False):
+            e = h_x.mul_(h_x)
+            state[f"L_{model}"] = e.sum(1)
+            if self.entropy[model]:
+                state[f"A_{model}"] = torch.mul(e, u_x, out=scratch).sum(1)
         if x_t is None or not (self.blends or self.want & {"kl_fwd", "kl_rev"}):
             return state
         ban_s = ban_t = None
@@ -80,8 +86,8 @@ class Fold:
             ban_s, ban_t = (torch.zeros_like(x_s, dtype=torch.bool) if b is None else b for b in banned)
             state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
         for blend in self.blends:
-            state |= _fold_blend(blend, x_s, x_t, ban_s, ban_t, scratch)
-        gap = x_t.sub_(x_s)
+            state |= _fold_blend(blend, *u, ban_s, ban_t, scratch)
+        gap = u[1].sub_(u[0])
         if ban_s is not None:
             gap.masked_fill_(ban_s | ban_t, 0.0)
         if "kl_fwd" in self.want:
