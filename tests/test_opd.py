@@ -166,13 +166,13 @@ def test_left_padding_changes_neither_what_is_sampled_nor_the_hidden_states(kind
     pair = load_pair(PACKAGED / "teacher", folder, CPU)
     prompts = ["864+394=", "5", "12+34="]
     together = complete(pair, pair.student, prompts, max_new_tokens=20)
-    states = train.response_states(pair.student, together)
+    states = train.response_head(pair.student, together).hidden
     assert states.isfinite().all()
     for i, prompt in enumerate(prompts):
         alone = complete(pair, pair.student, [prompt], max_new_tokens=20)
         length = int(alone.mask.sum())
         assert torch.equal(together.completions[i, :length], alone.completions[0, :length])
-        torch.testing.assert_close(states[i, :length], train.response_states(pair.student, alone)[0, :length])
+        torch.testing.assert_close(states[i, :length], train.response_head(pair.student, alone).hidden[0, :length])
     tokens, attention = left_pad([[3, 4, 5], [6]], 0, CPU)
     assert tokens.tolist() == [[3, 4, 5], [0, 0, 6]] and attention.tolist() == [[1, 1, 1], [0, 0, 1]]
 
@@ -182,7 +182,7 @@ def test_the_cache_samples_what_whole_forwards_would(pair):
     logits = pair.student.model(input_ids=out.tokens, attention_mask=out.attention).logits
     predicted = logits[:, out.prompt_width - 1 : -1].argmax(-1)
     assert torch.equal(predicted[out.mask], out.completions[out.mask])
-    states = train.response_states(pair.student, out)
+    states = train.response_head(pair.student, out).hidden
     predicted = pair.student.model.get_output_embeddings()(states).argmax(-1)
     assert torch.equal(predicted[out.mask], out.completions[out.mask])
 
@@ -207,6 +207,7 @@ def tiny(folder, kind, vocab_size=24, **options):
         ("cohere", {"logit_scale": 0.5}),
         ("granite", {"logits_scaling": 8.0, "num_key_value_heads": 2}),
         ("phi", {}),  # a head with a bias
+        ("falcon_h1", {"head_dim": 16, "num_key_value_heads": 1, "lm_head_multiplier": 0.1}),
         ("gpt2", {}),  # absolute positions, tied head
     ],
 )
@@ -217,10 +218,21 @@ def test_heads_with_softcap_scale_or_bias_are_taken_as_they_are(tmp_path, kind, 
     assert row["kept"] == 2 and row["grad_norm"] > 0
 
 
-def test_a_head_that_head_cannot_describe_is_refused(tmp_path):
-    sizes = {"head_dim": 16, "num_key_value_heads": 1, "lm_head_multiplier": 0.1}
-    with pytest.raises(UsageError, match=r"argument --student: expected logits .*got FalconH1"):
-        load_pair(PACKAGED / "teacher", tiny(tmp_path, "falcon_h1", **sizes), CPU)
+def test_a_head_that_head_cannot_describe_is_refused(monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def banned(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits[..., 7] = -1e9
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", banned)
+    message = r"argument --teacher: expected a decoder-only .* LlamaForCausalLM: .*something else to them: .* token 7 "
+    with pytest.raises(UsageError, match=message):
+        load_pair(PACKAGED / "teacher", PACKAGED / "student", CPU)
 
 
 def test_heads_padded_to_another_size_share_the_smaller_vocabulary(tmp_path):
@@ -368,9 +380,9 @@ def test_a_run_of_a_preset_cannot_go_on_with_a_rule(tmp_path, capsys):
 
 def test_a_teacher_of_k_tokens_lists_its_likeliest_and_of_all_tokens_is_the_whole_teacher(pair):
     rollouts = complete(pair, pair.student, ["864+394=", "5+5="], temperature=1.0, max_new_tokens=9)
-    states = train.response_states(pair.teacher, rollouts)
-    logp = pair.teacher.model.get_output_embeddings()(states).log_softmax(-1)
-    listed = likeliest(pair.teacher.head(states), 3, workspace_mib=1e-4)  # one row at a time
+    head = train.response_head(pair.teacher, rollouts)
+    logp = pair.teacher.model.get_output_embeddings()(head.hidden).log_softmax(-1)
+    listed = likeliest(head, 3, workspace_mib=1e-4)  # one row at a time
     torch.testing.assert_close(listed.logp, logp.topk(3).values)
     torch.testing.assert_close(logp.gather(-1, listed.ids), listed.logp)
 

@@ -1,7 +1,7 @@
 """A teacher and a student of one vocabulary, loaded from two checkpoint folders.
 
 Only ordinary transformers checkpoints in safetensors are read; no code from a checkpoint is run. A model is split into
-the backbone, whose hidden states we differentiate through, and the output head, which goes to `tip.Head` as it is.
+the backbone, whose hidden states we differentiate through, and the output head, by hooks/transformers.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tip_kernels as tip
+from tip_kernels.hooks.transformers import head_of
 from tip_kernels.opd import UsageError
 from tip_kernels.sources import rows_of
 from tip_kernels.topk import TopK
@@ -24,11 +25,9 @@ from tip_kernels.topk import TopK
 
 @dataclass(frozen=True)
 class Side:
-    """One model, seen as backbone and head: logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)."""
+    """One model and how much of its vocabulary both share."""
 
     model: nn.Module
-    scale: float
-    softcap: float | None
     vocab_size: int | None = None
 
     @property
@@ -36,18 +35,18 @@ class Side:
         """How many tokens the head tells apart."""
         return self.vocab_size or self.model.get_output_embeddings().weight.shape[0]
 
-    def hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
-        """(B, T, H) last hidden states of left-padded tokens (B, T); attention (B, T) is 0 on padding."""
-        backbone = self.model.get_decoder() or self.model.base_model
-        positions = (attention.cumsum(1) - 1).clamp_min(0)
-        states = backbone(input_ids=tokens, attention_mask=attention, position_ids=positions, use_cache=False)
-        return states.last_hidden_state
-
-    def head(self, hidden: Tensor) -> tip.Head:
-        """The logits of `hidden`, which are never formed here."""
-        out = self.model.get_output_embeddings()
-        bias = getattr(out, "bias", None)
-        return tip.Head(hidden, out.weight, bias, scale=self.scale, softcap=self.softcap, vocab_size=self.vocab_size)
+    def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> tip.Head:
+        """The logits from place `first` on, unformed; tokens (B, T) are left-padded, attention (B, T) is 0 there."""
+        takes = inspect.signature(self.model.forward).parameters
+        positions = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if "position_ids" in takes else {}
+        return head_of(
+            self.model,
+            input_ids=tokens,
+            attention_mask=attention,
+            vocab_size=self.vocab_size,
+            logits_to_keep=slice(first, None),
+            **positions,
+        )
 
 
 @torch.no_grad()
@@ -153,30 +152,15 @@ def _stop_ids(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase)
 
 
 def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:
-    """Read the known logit transforms from the config and verify the split on a few tokens."""
+    """A model whose head is found to be readable on a few tokens."""
     kind, takes = type(model).__name__, inspect.signature(model.forward).parameters
-    if "past_key_values" not in takes or not isinstance(model.get_output_embeddings(), nn.Linear):
-        raise UsageError(f"argument --{name}: expected a decoder with a KV cache and a linear output head, got {kind}")
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    side = Side(model, scale, getattr(config, "final_logit_softcapping", None), vocab_size)
+    if "past_key_values" not in takes:
+        raise UsageError(f"argument --{name}: expected a decoder with a KV cache, got {kind}")
+    side = Side(model, vocab_size)
+    tokens = torch.arange(1, 7, device=model.device).remainder(side.tokens).reshape(2, 3)
     try:
-        gap = _head_gap(side)
-    except (TypeError, AttributeError) as reason:
+        with torch.no_grad():
+            side.head(tokens, torch.ones_like(tokens))
+    except (ValueError, TypeError, AttributeError) as reason:
         raise UsageError(f"argument --{name}: expected a decoder-only transformer, got {kind}: {reason}") from None
-    if not gap < 1e-6:
-        raise UsageError(
-            f"argument --{name}: expected logits softcap * tanh(scale * (hidden W^T + bias) / softcap),"
-            f" got {kind}, whose logits differ from that by a KL of {gap:.3g} nats"
-        )
     return side
-
-
-@torch.no_grad()
-def _head_gap(side: Side) -> float:
-    """Largest KL, over a few tokens, between the model's own distribution and that of backbone and head."""
-    vocab = side.model.config.get_text_config().vocab_size
-    tokens = torch.arange(1, 7, device=side.model.device).remainder(vocab).reshape(2, 3)
-    attention = torch.ones_like(tokens)
-    own = side.model(input_ids=tokens, attention_mask=attention).logits.float()
-    return tip.token_stats(own[..., : side.vocab_size], side.head(side.hidden(tokens, attention))).kl_rev.max().item()

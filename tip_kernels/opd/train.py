@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Loop:
         prompts = self.pair.encode(drawn, settings.chat)
         rollouts = self._complete(prompts, settings.temperature, self._generator("rollouts"))
         out = tip.distill(
-            self.pair.student.head(response_states(self.pair.student, rollouts)),
+            response_head(self.pair.student, rollouts),
             self._teacher(rollouts),
             divergence=self.divergence,
             labels=self._labels(rollouts),
@@ -132,7 +132,7 @@ class Loop:
     def _teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
         """The teacher at every place of the completions: its head, or its likeliest tokens alone."""
         side, settings = self.pair.teacher, self.settings
-        head = side.head(response_states(side, rollouts))
+        head = response_head(side, rollouts)
         if settings.teacher_topk is None:
             return head
         return likeliest(head, settings.teacher_topk, settings.workspace_mib)
@@ -172,15 +172,11 @@ class Loop:
         chunk = 4 * self.settings.batch
         for first in range(0, len(self.held_out), chunk):
             rollouts = self._complete(self.held_out[first : first + chunk], temperature=0)
-            student = response_states(self.pair.student, rollouts)[rollouts.mask]
-            teacher = response_states(self.pair.teacher, rollouts)[rollouts.mask]
-            stats = tip.token_stats(
-                self.pair.student.head(student),
-                self.pair.teacher.head(teacher),
-                workspace_mib=self.settings.workspace_mib,
-            )
+            heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
+            student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
+            stats = tip.token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
             nats += stats.kl_rev.double().sum().item()
-            rows += len(student)
+            rows += len(student.hidden)
             if self.task.judge:
                 right += sum(self._judge(rollouts, first))
         counters, count = self.counters, len(self.held_out)
@@ -210,10 +206,9 @@ class Loop:
                 return
 
 
-def response_states(side: Side, rollouts: Rollouts) -> Tensor:
-    """(B, L, H) hidden states, each the one that predicts the completion's token at its place."""
-    states = side.hidden(rollouts.tokens[:, :-1], rollouts.attention[:, :-1])
-    return states[:, rollouts.prompt_width - 1 :]
+def response_head(side: Side, rollouts: Rollouts) -> tip.Head:
+    """The head over hidden states (B, L, H), each the one that predicts the completion's token at its place."""
+    return side.head(rollouts.tokens[:, :-1], rollouts.attention[:, :-1], first=rollouts.prompt_width - 1)
 
 
 def _overview(stats: tip.TokenStats, mask: Tensor) -> dict:
