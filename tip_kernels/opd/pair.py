@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
-from tip_kernels.opd import UsageError
+from tip_kernels.opd import UsageError, smollm2
 from tip_kernels.sources import rows_of
 from tip_kernels.topk import TopK
 
@@ -72,7 +72,7 @@ class Pair:
 
     teacher: Side
     student: Side
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]  # tokens that end a completion
     pad_id: int
     longest: int  # positions that both models have
@@ -96,29 +96,24 @@ class Pair:
         return encoded
 
 
-def load_pair(teacher: Path, student: Path, device: torch.device, resumed: Path | None = None) -> Pair:
-    """Load both models in fp32 and check that they can be distilled; `resumed` holds the student's later weights."""
+def load_pair(teacher: Path | str, student: Path | str, device: torch.device, resumed: Path | None = None) -> Pair:
+    """Load both models in fp32 and check that they can be distilled; `resumed` holds the student's later weights.
+
+    Each is the folder of a checkpoint, or a name that smollm2.py knows.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models, tokenizers = {}, {}
-    for name, folder in (("teacher", teacher), ("student", student)):
-        _check_folder(name, folder)
-        try:
-            tokenizers[name] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            models[name], loading = AutoModelForCausalLM.from_pretrained(
-                resumed if resumed and name == "student" else folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever a broken checkpoint can raise
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"argument --{name}: expected a causal language model in {folder}, got: {reason}"
-            ) from None
-        if missing := sorted(loading["missing_keys"]):
-            raise UsageError(f"argument --{name}: expected every weight in {folder}, got none for {missing[0]}")
+    models, tokenizers, whole = {}, {}, None
+    for name, source in (("teacher", teacher), ("student", student)):
+        later = resumed if name == "student" else None
+        layers = smollm2.layers_of(source) if isinstance(source, str) else None
+        if layers is None:
+            models[name], tokenizers[name] = _checkpoint(name, Path(source), later)
+        elif later:
+            models[name], tokenizers[name] = _checkpoint(name, later)
+        else:
+            whole = whole or smollm2.read()
+            models[name], tokenizers[name] = smollm2.first_layers(whole[0], layers), whole[1]
         models[name].to(device).eval().requires_grad_(name == "student")
     if tokenizers["teacher"].get_vocab() != tokenizers["student"].get_vocab():
         raise UsageError(
@@ -136,6 +131,26 @@ def load_pair(teacher: Path, student: Path, device: torch.device, resumed: Path 
     return Pair(sides["teacher"], sides["student"], tokenizer, stop_ids, pad_id, longest)
 
 
+def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a folder; `later` holds weights to read in place of the folder's."""
+    _check_folder(name, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            later or folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a broken checkpoint can raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"argument --{name}: expected a causal language model in {folder}, got: {reason}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UsageError(f"argument --{name}: expected every weight in {folder}, got none for {missing[0]}")
+    return model, tokenizer
+
+
 def _check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(
@@ -145,7 +160,7 @@ def _check_folder(name: str, folder: Path) -> None:
         raise UsageError(f"argument --{name}: expected a config.json in {folder}, got a folder without one")
 
 
-def _stop_ids(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     listed = model.generation_config.eos_token_id if model.generation_config else None
     listed = tokenizer.eos_token_id if listed is None else listed
     return () if listed is None else tuple(listed) if isinstance(listed, list | tuple) else (listed,)

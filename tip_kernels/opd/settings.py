@@ -11,6 +11,21 @@ from tip_kernels.adaptive import AdaptiveFocus
 from tip_kernels.names import RULES, divergence_of
 
 PRESETS = ("adakd",)
+MODELS = {  # --model NAME: what it means where nothing else was typed
+    "smollm2": {
+        "teacher": "smollm2",  # all 30 layers; smollm2.py
+        "student": "smollm2:15",
+        "task": "reasoning_gym:chain_sum",
+        "chat": True,
+        "steps": 5,
+        "batch": 4,
+        "lr": 1e-4,
+        "warmup": 1,
+        "max_new_tokens": 48,
+        "eval_prompts": 8,
+        "eval_every": 5,
+    }
+}
 PACKAGED = Path(__file__).parent / "models"  # teacher/ and student/, made by retrain.py
 MAY_CHANGE = ("steps", "eval_every", "device")  # on --resume; everything else must be as the run began
 
@@ -19,7 +34,7 @@ MAY_CHANGE = ("steps", "eval_every", "device")  # on --resume; everything else m
 class Settings:
     """One field per option of `tip-kernels opd` that shapes the result; JSON-able, stored beside the run."""
 
-    teacher: str = "packaged"  # or the path of a checkpoint folder
+    teacher: str = "packaged"  # or the path of a checkpoint folder, or smollm2, smollm2:15
     student: str = "packaged"
     task: str = "addition"
     chat: bool = False

@@ -97,21 +97,29 @@ class Loop:
             vocab_size=self.pair.student.vocab_size,
         )
 
-    def step(self) -> dict:
-        """One rollout batch and, unless nothing is kept, one optimizer step."""
-        began, settings, counters = time.perf_counter(), self.settings, self.counters
-        drawn = self.task.draw(random.Random(self._seed("prompts")), settings.batch)
-        prompts = self.pair.encode(drawn, settings.chat)
-        rollouts = self._complete(prompts, settings.temperature, self._generator("rollouts"))
-        out = tip.distill(
+    def rollouts(self) -> Rollouts:
+        """The student's completions of this step's prompts."""
+        drawn = self.task.draw(random.Random(self._seed("prompts")), self.settings.batch)
+        prompts = self.pair.encode(drawn, self.settings.chat)
+        return self._complete(prompts, self.settings.temperature, self._generator("rollouts"))
+
+    def distil(self, rollouts: Rollouts) -> tip.Distilled:
+        """Both models over the rollouts, the choice of tokens, and the loss on them."""
+        return tip.distill(
             response_head(self.pair.student, rollouts),
             self._teacher(rollouts),
             divergence=self.divergence,
             labels=self._labels(rollouts),
-            workspace_mib=settings.workspace_mib,
+            workspace_mib=self.settings.workspace_mib,
             full_stats=True,  # the log shows every token's quadrant, whatever the rule reads
             **self._choice(rollouts.mask),
         )
+
+    def step(self) -> dict:
+        """One rollout batch and, unless nothing is kept, one optimizer step."""
+        began, counters = time.perf_counter(), self.counters
+        rollouts = self.rollouts()
+        out = self.distil(rollouts)
         rows, kept = int(rollouts.mask.sum()), int(out.kept.mask.sum())
         ratio = {"keep": self.focus.keep} if self.focus else {}
         norm = self._learn(out.loss) if kept else None
