@@ -287,11 +287,13 @@ def test_under_autocast_logits_are_the_models_within_bfloat16():
 
 def test_autocast_inside_the_forward_as_accelerate_puts_it_there_is_used():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one of another test in this process
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(tiny("llama"))
     own = model(**batch_of()).logits
     head = head_of(model, **batch_of())
     exact = tiny("llama")(**batch_of()).logits
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     gap = (logits_of(head) - exact).abs().max()
     assert 0 < gap < 2 * (own - exact).abs().max() and head.hidden.dtype == torch.float32
 
