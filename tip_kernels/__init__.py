@@ -18,6 +18,7 @@ from tip_kernels.divergences import (
     SkewReverseKL,
     ToDi,
 )
+from tip_kernels.head_gradients import GradFilter
 from tip_kernels.importance import token_importance
 from tip_kernels.losses import divergence_loss
 from tip_kernels.select import (
@@ -56,6 +57,7 @@ __all__ = [
     "Divergence",
     "EntropyGap",
     "ForwardKL",
+    "GradFilter",
     "GreedyAgreement",
     "Head",
     "HellingerSq",

@@ -14,11 +14,12 @@ from torch import Tensor
 from tip_kernels._batch import Batch
 from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, is_int, row_temperature, workspace_bytes
 from tip_kernels.divergences import Divergence, ReverseKL
+from tip_kernels.head_gradients import GradFilter, gradient_of_its_own
 from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
 from tip_kernels.measure import LABEL_FIELDS, TOP_FIELDS, with_logits
 from tip_kernels.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
 from tip_kernels.select import KeepAll, Kept, Rule, SoftOr
-from tip_kernels.sources import Head, check_pair, rows_of, teacher_rows
+from tip_kernels.sources import Head, HeadRows, check_pair, rows_of, teacher_rows
 from tip_kernels.stats import TokenStats, check_labels
 from tip_kernels.topk import TopK, TopKRows
 
@@ -72,6 +73,9 @@ def distill(
     workspace_mib: float = 256,
     full_stats: bool = False,
     sweeps: int | None = None,
+    grad_filter: GradFilter | None = None,
+    backward: bool = False,
+    grad_scale: float | Tensor = 1.0,
 ) -> Distilled:
     """Measures all rows, keeps those that the rule chooses, and returns a loss on them.
 
@@ -100,6 +104,12 @@ def distill(
     sweeps            None chooses. 2: measure, and project the kept rows again in backward. 1: gradients are made while
                       the logits are at hand, which saves two products of every kept row and keeps whole rows of logits
                       in the workspace; the gradient then exists before backward, which hands it over
+    grad_filter       GradFilter(tolerance): leaves tiles of small gradients out of a Head's two gradient products; None
+                      is exact
+    backward          True runs backward at once and returns a loss without a graph. A weight that is a leaf then gets
+                      its gradient added to its main_grad, where it has one, or to its .grad, without a second (V, H)
+                      buffer; not for weights whose gradients a wrapper (DDP, FSDP) waits to see
+    grad_scale        a positive number or () tensor that multiplies the gradients of that backward, not the loss
 
     Returns (loss, stats, kept, plan). The loss is fp32. Nothing kept: a 0 that is connected to the graph. A kept row
     whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once.
@@ -136,7 +146,28 @@ def distill(
     flag("full_stats", full_stats)
     expect(sweeps is None or (is_int(sweeps) and sweeps in (1, 2)), "sweeps", "1, 2 or None", sweeps)
 
-    lesson = Lesson(divergence, batch.labels, ce_weight, measured_at, temperature_sq, weights, normalizer)
+    flag("backward", backward)
+    expect(
+        grad_filter is None or isinstance(grad_filter, GradFilter), "grad_filter", "a GradFilter or None", grad_filter
+    )
+    if isinstance(grad_scale, Tensor):
+        expect(grad_scale.dim() == 0 and backward, "grad_scale", "a () tensor with backward=True", grad_scale)
+    else:
+        expect(backward or grad_scale == 1, "grad_scale", "1 without backward=True", grad_scale)
+        finite_number("grad_scale", grad_scale, positive=True)
+    weight_into = gradient_of_its_own(rows_s.leaves[1]) if backward and isinstance(rows_s, HeadRows) else None
+    lesson = Lesson(
+        divergence,
+        batch.labels,
+        ce_weight,
+        measured_at,
+        temperature_sq,
+        weights,
+        normalizer,
+        grad_scale,
+        weight_into,
+        grad_filter,
+    )
     strategy, stats, kept, valid, learned = _learned(
         batch, select, rollout_ids, lesson, temperature if adaptive else None, full_stats, sweeps
     )
@@ -148,6 +179,11 @@ def distill(
     loss = (w * torch.where(usable, learned.losses, 0.0)).sum() / total
     if learned.gradients is not None:
         loss = delivered(loss, learned, w, total, rows_s, rows_t)
+    if backward:
+        if loss.requires_grad:
+            scale = None if learned.gradients is not None else torch.as_tensor(grad_scale, device=loss.device).float()
+            loss.backward(scale)
+        loss = loss.detach()
     dropped = (valid & ~usable).sum()
     if dropped.device.type == "cpu" and int(dropped):
         warnings.warn(
@@ -222,7 +258,8 @@ def _learned(
     ce = None
     if lesson.ce_weight:
         ce = CrossEntropy(lesson.ce_weight, batch.label_rows(ids, at_rows, stats, learned_at))
-    task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, lesson.factor(ids), ce)
+    sinks = {"weight_into": lesson.weight_into, "grad_filter": lesson.grad_filter}
+    task = RowTask(divergence, ids, at_rows, learned_at, batch.workspace, batch.labels, lesson.factor(ids), ce, **sinks)
     losses = row_loss(student, teacher, task)
     if losses.requires_grad:
         batch.count(ids, projections + sum(need[:2] if student.width else ()))

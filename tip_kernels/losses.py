@@ -18,6 +18,7 @@ from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence, ReverseKL
 from tip_kernels.eager import row_grad
 from tip_kernels.eager.online import Blend
+from tip_kernels.head_gradients import GradFilter
 from tip_kernels.measure import (
     IGNORE_LABEL,
     LABEL_FIELDS,
@@ -189,6 +190,8 @@ class RowTask:
     factor: float | Tensor = 1.0  # a tensor is (S,)
     ce: CrossEntropy | None = None
     grad_logits: str = "dense"
+    weight_into: Tensor | None = None  # where d(weight) of a Head is added, instead of returned
+    grad_filter: GradFilter | None = None
 
     @property
     def muted(self) -> bool:
@@ -226,7 +229,8 @@ def differentiated(student: Rows, teacher: Rows, task: RowTask) -> tuple[Tensor,
     if task.ce is not None:
         loss = loss - task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows["logp_s"])
     finite, clipped = torch.isfinite(loss), task.muted or limit is not None
-    return loss, GradientSweep(sweep, task.grad_logits, terms, factor, finite, labels, task.ce, clipped)
+    sinks = {"weight_into": task.weight_into, "grad_filter": task.grad_filter}
+    return loss, GradientSweep(sweep, task.grad_logits, terms, factor, finite, labels, task.ce, clipped, **sinks)
 
 
 def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
@@ -239,7 +243,8 @@ def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
         logits = torch.cat([logits, torch.where(labels == IGNORE_LABEL, 0.0, label_logit).unsqueeze(1)], 1)
     rest = {"shift_rest": rows["shift_rest"], "logsum_rest": rows["logsum_rest"].nan_to_num(nan=torch.nan, neginf=0.0)}
     sweep = Sweep(task.ids, rest, 1.0, task.workspace, backend_for(student.device))
-    spread = OutcomeSweep(sweep, task.grad_logits, teacher.ids[task.ids], labels)
+    sinks = {"weight_into": task.weight_into, "grad_filter": task.grad_filter}
+    spread = OutcomeSweep(sweep, task.grad_logits, teacher.ids[task.ids], labels, **sinks)
     logits = _RowLoss.apply(logits, spread, student, teacher, *student.leaves)
 
     n_outcomes = teacher.ids.shape[1] + 1

@@ -29,6 +29,7 @@ from tip_kernels._checks import is_int
 from tip_kernels.backends import backend_for
 from tip_kernels.divergences import Divergence
 from tip_kernels.eager.online import Blend
+from tip_kernels.head_gradients import GradFilter, HeadGradients
 from tip_kernels.losses import Once, RowTask, differentiated
 from tip_kernels.measure import columns_of, measure
 from tip_kernels.select import Kept, QuotaRule, Rule
@@ -40,6 +41,7 @@ from tip_kernels.topk import TopKRows
 SLACK = 1.25  # rows stashed per row of the quota
 ROWS = {"cpu": (96, 256)}  # the fewest rows of a block that keep the products efficient, and the most that help
 OTHER_ROWS = (512, 2048)
+FILTER_COLUMNS = 1024  # narrow enough that rare tokens fill whole tiles
 TILES_MIB = 16  # of the workspace for tiles, at most
 
 
@@ -98,68 +100,6 @@ def _without_graph(method: Callable) -> Callable:
     return call
 
 
-class Gradients:
-    """The sum of gradients of a head's leaves, from d(logits) of rows."""
-
-    def __init__(self, student: HeadRows, need: tuple[bool, ...], once: bool, tiles: int) -> None:
-        self.student, self.tiles, self.empty = student, tiles, True
-        self.need = (*need, False)[:3]
-        device, weight = student.device, student.weight
-        exact = torch.float32 if not once else weight.dtype  # one addition may be rounded at once
-        self.hidden = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=device) if need[0] else None
-        self.weight = torch.empty(weight.shape, dtype=exact, device=device) if self.need[1] else None
-        self.bias = torch.zeros(student.bias.shape, device=device) if self.need[2] else None
-        if self.need[1]:
-            self.weight[student.vocab :].zero_()  # rows beyond vocab_size
-
-    def add(self, ids: Tensor, dlogits: Tensor, weights: Tensor | None = None, dead: Tensor | None = None) -> None:
-        """Takes in weights * dlogits, weights (r,) and dlogits (r, V) fp32, of the rows ids (r,).
-
-        dead  (r, 1) bool: rows of zeros, whose hidden states must not matter; rows of weight 0 are such anyway
-        """
-        student, (need_hidden, need_weight, need_bias) = self.student, self.need
-        block = student.block(ids)
-        hidden = block.hidden if weights is None else block.hidden * weights.unsqueeze(1)
-        dead = dead if weights is None else (weights == 0).unsqueeze(1)
-        if dead is not None:
-            hidden = hidden.masked_fill(dead, 0.0)  # 0 * NaN: a NaN stays in its row
-        dhidden = torch.zeros(block.n_rows, student.width, device=ids.device) if need_hidden else None
-        columns = max(1, min(student.vocab, self.tiles // (12 * student.width + 4 * block.n_rows)))
-        for v0, v1 in columns_of(student.vocab, columns):
-            tile = student.weight_tile(v0, v1)
-            g = dlogits[:, v0:v1].to(tile.dtype)
-            if need_weight:
-                _product_into(self.weight[v0:v1], g.t(), hidden, fresh=self.empty)
-            if need_bias:
-                total = g.float().sum(0) if weights is None else torch.mv(g.float().t(), weights)
-                self.bias[v0:v1] += total
-            if need_hidden:
-                _product_into(dhidden, g, tile, fresh=v0 == 0)
-        if need_hidden:
-            if weights is not None:
-                dhidden.mul_(weights.unsqueeze(1))
-            self.hidden.view(-1, student.width).index_copy_(0, ids, dhidden.to(self.hidden.dtype))
-        self.empty = False
-
-    def finished(self) -> list[Tensor | None]:
-        """The gradients in the leaves' dtypes."""
-        if self.empty and self.need[1]:
-            self.weight.zero_()
-        leaves = (self.student.hidden, self.student.weight, self.student.bias)
-        sums = (self.hidden, self.weight, self.bias)
-        out = [None if x is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]
-        return out[: len(self.student.leaves)]
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """out = a @ b where fresh, else out += a @ b; summed in fp32, rounded to out's dtype."""
-    if a.dtype == torch.float32 == out.dtype:
-        torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
-        return
-    product = torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-    out.copy_(product) if fresh else out.add_(product)
-
-
 @dataclass(frozen=True)
 class Lesson:
     """What is learned of each kept row: its loss at a temperature, and its weight."""
@@ -171,6 +111,9 @@ class Lesson:
     temperature_sq: bool
     row_weights: Tensor | None  # (N,)
     normalizer: str | float
+    grad_scale: float | Tensor = 1.0  # of gradients that are made before backward
+    weight_into: Tensor | None = None  # (V, H) where d(weight) is added, instead of returned
+    grad_filter: GradFilter | None = None
 
     def factor(self, ids: Tensor) -> float | Tensor:
         """What multiplies the divergence of the rows ids."""
@@ -198,7 +141,7 @@ class Learned:
     ids: Tensor  # (S,)
     losses: Tensor  # (S,)
     task: RowTask
-    gradients: Gradients | None = None
+    gradients: HeadGradients | None = None
     divisor: Tensor | float = 1.0
 
 
@@ -217,16 +160,17 @@ class OneSweep:
     def known(self, ids: Tensor, weights: Tensor, want: frozenset[str | Blend]) -> Learned:
         """Measures what is wanted of rows ids (S,) of given weights, and learns from them, block by block."""
         divisor = self.batch.normalizer(self.lesson.normalizer, weights)
-        gradients = Gradients(self.student, self.need, once=ids.numel() <= self.plan.rows, tiles=self.plan.tiles)
-        temperature = self.lesson.temperature
-        for part in self._parts(ids.numel()) or [slice(0, 0)]:
-            rows, w = ids[part], weights[part] / divisor
+        parts, temperature = self._parts(ids.numel()) or [slice(0, 0)], self.lesson.temperature
+        exact = not isinstance(divisor, Tensor)  # else a row without a finite loss changes it
+        gradients = self._gradients(ids, passes=len(parts), into=self.lesson.weight_into if exact else None)
+        for part in parts:
+            rows, w = ids[part], weights[part] / divisor * self.lesson.grad_scale
             z_s, z_t = self.z_s[: rows.numel()], self.z_t[: rows.numel()]
             here = self.batch.measure(rows, want, temperature, True, [z_s, z_t], self.plan.tiles)
             self._note(here, rows)
             every = torch.arange(rows.numel(), device=rows.device)
             dead = self._learn(rows, every, z_s, z_t, out=z_s, places=None, weights=w)
-            gradients.add(rows, z_s, dead=dead)
+            self._take_in(gradients, part, z_s, w, dead)
         self.batch.count(ids, sum(self.need[:2]))
         return Learned(ids, self.losses[ids], self._task(ids), gradients, divisor)
 
@@ -287,12 +231,30 @@ class OneSweep:
         weights = self.lesson.weights(ids, torch.ones_like(ids, dtype=torch.bool), kept)
         weights = weights * self.losses[ids].isfinite()
         total = self.batch.normalizer(self.lesson.normalizer, weights)
-        share = torch.zeros(self.batch.n_rows).index_copy_(0, ids, weights / total)[held]
-        gradients = Gradients(self.student, self.need, once=True, tiles=self.plan.tiles)
-        if ids.numel():
-            gradients.add(held, stash.rows[: ids.numel()], weights=share)
+        share = torch.zeros(self.batch.n_rows).index_copy_(0, ids, weights / total * self.lesson.grad_scale)[held]
+        gradients = self._gradients(held, passes=1, into=self.lesson.weight_into)
+        dlogits = stash.rows[: ids.numel()].mul_(share.unsqueeze(1))
+        self._take_in(gradients, slice(0, ids.numel()), dlogits, share, (share == 0).unsqueeze(1))
         self.batch.count(ids, sum(self.need[:2]))
         return Learned(ids, self.losses[ids], self._task(ids), gradients, total)
+
+    def _gradients(self, ids: Tensor, passes: int, into: Tensor | None) -> HeadGradients:
+        grad_filter = self.lesson.grad_filter
+        return HeadGradients(self.student, ids, self.need, passes=passes, into=into, grad_filter=grad_filter)
+
+    def _take_in(
+        self, gradients: HeadGradients, part: slice, dlogits: Tensor, weights: Tensor, dead: Tensor | None
+    ) -> None:
+        """Adds the gradients of rows part of gradients, whose dlogits (r, V) hold the weights (r,)."""
+        student, hidden = self.student, self.student.block(gradients.ids[part]).hidden
+        if dead is not None:
+            hidden = hidden.masked_fill(dead, 0.0)  # 0 * NaN: a NaN stays in its row
+        columns = max(1, min(student.vocab, self.plan.tiles // (12 * student.width + 4 * hidden.shape[0])))
+        if gradients.filter is not None:
+            columns = min(columns, FILTER_COLUMNS)
+        for v0, v1 in columns_of(student.vocab, columns):
+            with gradients.columns(v0, v1):
+                gradients.add(part, hidden, dlogits[:, v0:v1], weights)
 
     def stats(self, partial: bool = True) -> TokenStats:
         """The record of all that was measured so far; partial: of some rows only."""
@@ -374,9 +336,17 @@ class OneSweep:
         lesson = self.lesson
         at_rows = {name: value[ids] for name, value in self.fields.items()}
         ce = CrossEntropy(lesson.ce_weight, {name: value[ids] for name, value in self.ce.items()}) if self.ce else None
-        factor = lesson.factor(ids)
+        sinks = {"weight_into": lesson.weight_into, "grad_filter": lesson.grad_filter}
         return RowTask(
-            lesson.divergence, ids, at_rows, lesson.temperature, self.batch.workspace, lesson.labels, factor, ce
+            lesson.divergence,
+            ids,
+            at_rows,
+            lesson.temperature,
+            self.batch.workspace,
+            lesson.labels,
+            lesson.factor(ids),
+            ce,
+            **sinks,
         )
 
 
@@ -418,7 +388,8 @@ def delivered(
 ) -> Tensor:
     """The loss () with its gradients attached: sum of weights * learned.losses / divisor."""
     share = weights / divisor
-    ready = Ready(student, teacher, learned.task, share, learned.gradients.finished(), learned.divisor / divisor)
+    sums, into = learned.gradients.finished(), learned.task.weight_into
+    ready = Ready(student, teacher, learned.task, share, sums, learned.divisor / divisor, into)
     return Delivered.apply(loss, ready, *student.leaves)
 
 
@@ -432,6 +403,7 @@ class Ready:
     weights: Tensor  # (S,)
     sums: list[Tensor | None] | None  # one of each leaf; None once they are handed over
     scale: Tensor | float  # () what the sums have to be multiplied by
+    weight_into: Tensor | None  # where d(weight) is added, instead of returned
 
     def gradients(
         self, upstream: Tensor, leaves: tuple[Tensor, ...], teacher_leaves: tuple[Tensor, ...], need: tuple[bool, ...]
@@ -441,6 +413,9 @@ class Ready:
             factor = upstream * self.scale
             if factor.device.type != "cpu" or factor != 1:
                 sums = [None if x is None else x.mul_(factor) for x in sums]
+            if self.weight_into is not None and sums[1] is not None:
+                self.weight_into += sums[1]
+                sums[1] = None
             return [x if wanted else None for x, wanted in zip(sums, need, strict=True)]
         student, teacher = self.student.with_leaves(leaves), self.teacher.with_leaves(teacher_leaves)
         _, sweep = differentiated(student, teacher, self.task)

@@ -6,13 +6,14 @@ S kept rows, V vocabulary, C columns of a tile, R rows of a block, H hidden widt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tip_kernels.divergences import Divergence
 from tip_kernels.eager import row_grad
+from tip_kernels.head_gradients import GradFilter, HeadGradients
 from tip_kernels.measure import IGNORE_LABEL, columns_of, is_read_in_place, tile_shape, with_logits
 from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import TopKRows, add_columns, hide_columns
@@ -100,6 +101,8 @@ class LeafSweep:
 
     sweep: Sweep
     grad_logits: str
+    weight_into: Tensor | None = field(default=None, kw_only=True)  # where d(weight) is added, instead of returned
+    grad_filter: GradFilter | None = field(default=None, kw_only=True)
 
     def live(self, upstream: Tensor) -> Tensor:
         """(S,) bool: rows whose gradient is not 0."""
@@ -189,42 +192,21 @@ class LeafSweep:
     def _through_head(
         self, student: HeadRows, teacher: Rows | TopKRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
-        sources = with_logits(student, teacher)
+        sources, all_ids = with_logits(student, teacher), self.sweep.ids
         parts, columns, buffers = self.sweep.blocks(sources, buffers=7, slice_width=student.width)
-        all_ids, device, width = self.sweep.ids, student.device, student.width
-        need_hidden, need_weight, need_bias = (*need, False)[:3]
-        dhidden = torch.zeros(all_ids.numel(), width, device=device) if need_hidden else None
-        dweight = torch.zeros_like(student.weight) if need_weight else None
-        dbias = torch.zeros_like(student.bias) if need_bias else None
+        sums = HeadGradients(student, all_ids, need, into=self.weight_into, grad_filter=self.grad_filter)
         for v0, v1 in columns_of(student.vocab, columns):
-            weights = [_weight_tile(source, v0, v1) for source in sources]
-            if need_weight:
-                in_place = dweight.dtype == torch.float32
-                dweight_slice = dweight[v0:v1] if in_place else torch.zeros(v1 - v0, width, device=device)
-            dbias_slice = torch.zeros(v1 - v0, device=device) if need_bias else None
-            for part in parts:
-                blocks = [source.block(all_ids[part]) for source in sources]
-                z = _tiles(blocks, weights, buffers, v0, v1)
-                g = self.dlogits_tile(student, z, part, v0, upstream, dead)
-                if need_bias:
-                    dbias_slice += g.sum(0)
-                g = g.to(weights[0].dtype)
-                if need_weight:
+            with sums.columns(v0, v1) as tile:
+                weights = [tile, *(_weight_tile(source, v0, v1) for source in sources[1:])]
+                for part in parts:
+                    blocks = [source.block(all_ids[part]) for source in sources]
+                    z = _tiles(blocks, weights, buffers, v0, v1)
+                    g = self.dlogits_tile(student, z, part, v0, upstream, dead)
                     hidden = blocks[0].hidden
-                    _add_product(dweight_slice, g.t(), hidden if dead is None else hidden.masked_fill(dead[part], 0.0))
-                if need_hidden:
-                    _add_product(dhidden[part], g, weights[0])
-            if need_weight and not in_place:
-                dweight[v0:v1] = dweight_slice
-            if need_bias:
-                dbias[v0:v1] = dbias_slice
-            weights = dweight_slice = None  # released before the next ones are made
-        if need_hidden:
-            full = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=device)
-            for part in parts:
-                full.view(-1, width).index_copy_(0, all_ids[part], dhidden[part].to(full.dtype))
-            dhidden = full
-        return [dhidden, dweight, dbias][: len(need)]
+                    hidden = hidden if dead is None else hidden.masked_fill(dead[part], 0.0)
+                    sums.add(part, hidden, g, upstream[part] if upstream.dim() == 1 else None)
+                weights = tile = None  # released before the next ones are made
+        return sums.finished()
 
 
 @dataclass(frozen=True)
@@ -242,15 +224,14 @@ class GradientSweep(LeafSweep):
         return (upstream != 0) & self.finite
 
     def restricted_to(self, places: Tensor) -> GradientSweep:
-        return GradientSweep(
-            self.sweep.restricted_to(places),
-            self.grad_logits,
-            [term._replace(rows=_at(term.rows, places)) for term in self.terms],
-            self.factor[places],
-            self.finite[places],
-            None if self.labels is None else self.labels[places],
-            None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
-            self.clipped,
+        return replace(
+            self,
+            sweep=self.sweep.restricted_to(places),
+            terms=[term._replace(rows=_at(term.rows, places)) for term in self.terms],
+            factor=self.factor[places],
+            finite=self.finite[places],
+            labels=None if self.labels is None else self.labels[places],
+            ce=None if self.ce is None else replace(self.ce, at_rows=_at(self.ce.at_rows, places)),
         )
 
     def fill_rows(
@@ -328,7 +309,7 @@ class OutcomeSweep(LeafSweep):
 
     def restricted_to(self, places: Tensor) -> OutcomeSweep:
         labels = None if self.labels is None else self.labels[places]
-        return OutcomeSweep(self.sweep.restricted_to(places), self.grad_logits, self.listed[places], labels)
+        return replace(self, sweep=self.sweep.restricted_to(places), listed=self.listed[places], labels=labels)
 
     def dlogits_tile(
         self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
@@ -374,11 +355,3 @@ def _tiles(
 
 def _weight_tile(source: Rows, v0: int, v1: int) -> Tensor | None:
     return source.weight_tile(v0, v1) if isinstance(source, HeadRows) else None
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, accumulated in out's fp32."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        out += torch.mm(a, b, out_dtype=torch.float32)
