@@ -28,6 +28,9 @@ def tensors() -> dict[str, object]:
     names["head_s"].requires_grad_()
     names["student"] = tip.Head(names["hidden_s"], names["head_s"])
     names["teacher"] = tip.Head(names["hidden_t"], names["head_t"])
+    for side in ("student", "teacher"):
+        names[f"{side}_logits"] = names[f"hidden_{side[0]}"].detach() @ names[f"head_{side[0]}"].detach().T
+    names["response_mask"] = names["mask"].long()
     return names
 
 
@@ -57,12 +60,12 @@ def test_every_python_block_about_tensors_runs(section):
     for block in BLOCKS[section]:
         names = tensors()
         exec(block, names)
-        assert names["hidden_s"].grad.abs().sum() > 0
+        assert names["mask"].flatten()[names["ids"]].all() if "ids" in names else names["hidden_s"].grad.any()
 
 
 def test_every_section_has_the_code_it_is_tested_for():
-    counts = {name: len(BLOCKS[name]) for name in ("Before and after", "Measure, select, learn", *MODELS)}
-    assert counts == {"Before and after": 2, "Measure, select, learn": 1, "With transformers": 1, "Any loop": 4}
+    counts = {name: len(BLOCKS[name]) for name in ("Before and after", "Measure, select, learn", "With verl", *MODELS)}
+    assert list(counts.values()) == [2, 1, 1, 1, 4]
 
 
 def test_after_is_before_where_every_token_is_kept():
