@@ -2,9 +2,9 @@
 
     python -m bench compile [--targets sm_90 ...] [--only VARIANT ...] [--json FILE] [--save DIR]
 
-The launchers of tip_kernels/kernels run on meta tensors against a driver that only compiles, so signatures, alignments
-and settings are those of real launches. For NVIDIA the machine code is read with the cuobjdump and nvdisasm of Triton's
-wheel, for AMD the assembly. Columns (and keys of the JSON rows):
+The launchers of tip_kernels/kernels run on a CPU's tensors, whose pages nobody touches, against a driver that only
+compiles, so signatures, alignments and settings are those of real launches. For NVIDIA the machine code is read with
+the cuobjdump and nvdisasm of Triton's wheel, for AMD the assembly. Columns (and keys of the JSON rows):
 
     registers        a thread (VGPRs on AMD)
     spill_bytes      a thread, of registers that did not fit
@@ -58,7 +58,7 @@ class Row:
 
 
 def variants() -> dict[str, tuple[Callable[[], object], int]]:
-    """Every variant worth a row; calls launch on meta tensors."""
+    """Every variant worth a row; calls launch on tensors that nobody reads."""
     import torch
 
     from tip_kernels.kernels._family import KINDS
@@ -70,13 +70,13 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
     def logits(dtype: torch.dtype, vocab: int = VOCAB) -> torch.Tensor:
-        return torch.empty(8, vocab, dtype=dtype, device="meta")
+        return torch.empty(8, vocab, dtype=dtype)
 
     def pair() -> tuple[torch.Tensor, torch.Tensor]:
         return logits(bf16), logits(bf16)
 
     def vector(dtype: torch.dtype = fp32) -> torch.Tensor:
-        return torch.empty(8, dtype=dtype, device="meta")
+        return torch.empty(8, dtype=dtype)
 
     def terms(names: str) -> list[Term]:
         return [Term(1.0, name, (0.5,) * NUMBERS.get(name, 0), EveryRow()) for name in names.split("+")]
@@ -94,12 +94,10 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     jeffreys = "forward_kl+reverse_kl"
 
     def head(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.empty(n, width, dtype=bf16, device="meta") for n in (4096, VOCAB))
+        return tuple(torch.empty(n, width, dtype=bf16) for n in (4096, VOCAB))
 
     def linear(teacher: bool, bias: bool = False, **settings) -> dict[str, torch.Tensor]:
-        biases = (
-            {f"bias_{m}": torch.empty(VOCAB, dtype=bf16, device="meta") for m in "st"[: 1 + teacher]} if bias else {}
-        )
+        biases = {f"bias_{m}": torch.empty(VOCAB, dtype=bf16) for m in "st"[: 1 + teacher]} if bias else {}
         return linear_stats(*head(2048), *(head(4096) if teacher else ()), **biases, **settings)
 
     heads = {"bf16": {}, "bf16 bias softcap": {"bias": True, "softcap_s": 30.0, "softcap_t": 30.0}}

@@ -1,4 +1,8 @@
-"""What launches share: the target they compile for and how arguments are classed, so that shapes do not recompile."""
+"""What launches share: the target they compile for and how arguments are classed, so that shapes do not recompile.
+
+Each launch is a torch.library op of its own, `tip_kernels::NAME`, which torch.compile and fake tensors take as a whole.
+Ops take tensors and numbers; what turns logits into z is six of them, which `map_arguments` makes.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,17 @@ def row_alignment(*tiles: Tensor) -> int:
 def softcap_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
     """(factor outside tanh, factor inside), or (scale, None) without a softcap."""
     return (float(scale), None) if softcap is None else (float(softcap), scale / softcap)
+
+
+def map_arguments(
+    temperature: float | Tensor, scale_s: float, softcap_s: float | None, scale_t: float, softcap_t: float | None
+) -> tuple[Tensor | None, float, float, float | None, float, float | None]:
+    """(temperature's pointer or None, its number, factors of the student, factors of the teacher)."""
+    return (
+        *temperature_arguments(temperature),
+        *softcap_factors(scale_s, softcap_s),
+        *softcap_factors(scale_t, softcap_t),
+    )
 
 
 def temperature_arguments(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import on_device, softcap_factors, target, temperature_arguments
+from ._launch import on_device, target
 from ._online import FLOOR, One, Pair, capped, half_unit, merge, merge_one, settle, settle_one, tile_one, tile_pair
 from .row_stats import PART, RowState, finish, new_state, store_rows
 
@@ -170,25 +170,45 @@ def fold_linear(
 ) -> None:
     """Folds every column of every row into the state, which `finish` of row_stats.py reads."""
     n_rows = hidden_s.shape[0]
-    has_cap = state.softcap_s is not None or state.softcap_t is not None
-    config = linear_config(state.teacher, plain=bias_s is None and bias_t is None and not has_cap)
     heads = {"s": (hidden_s, weight_s)} | ({"t": (hidden_t, weight_t)} if state.teacher else {})
     for model, (hidden, weight) in heads.items():
         check_head(model, hidden, weight, n_rows, state.vocab)
+    _fold_linear(state.sums, hidden_s, weight_s, bias_s, hidden_t, weight_t, bias_t, *state.maps(), state.part)
+
+
+@torch.library.custom_op("tip_kernels::fold_linear", mutates_args={"sums"})
+def _fold_linear(
+    sums: Tensor,
+    hidden_s: Tensor,
+    weight_s: Tensor,
+    bias_s: Tensor | None,
+    hidden_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    inner_s: float | None,
+    outer_t: float,
+    inner_t: float | None,
+    part: int,
+) -> None:
+    """Writes `RowState.sums`."""
+    n_rows, vocab, teacher = hidden_s.shape[0], weight_s.shape[0], hidden_t is not None
     if n_rows == 0:
         return
+    plain = bias_s is None and bias_t is None and inner_s is None and inner_t is None
+    config = linear_config(teacher, plain)
     rows, cols = [config["ROWS"], config["K"]], [config["COLS"], config["K"]]
-    blocks, parts = triton.cdiv(n_rows, config["ROWS"]), state.sums.shape[1]
+    blocks, parts = triton.cdiv(n_rows, config["ROWS"]), sums.shape[1]
     with on_device(hidden_s):
         linear_kernel[(blocks * parts,)](
-            state.sums,
+            sums,
             TensorDescriptor.from_tensor(hidden_s, rows), TensorDescriptor.from_tensor(weight_s, cols), bias_s,
-            TensorDescriptor.from_tensor(hidden_t, rows) if state.teacher else None,
-            TensorDescriptor.from_tensor(weight_t, cols) if state.teacher else None, bias_t,
-            *temperature_arguments(state.temperature),
-            *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
-            n_rows, state.vocab, hidden_s.shape[1], hidden_t.shape[1] if state.teacher else 0, parts,
-            PART=state.part, **config,
+            TensorDescriptor.from_tensor(hidden_t, rows) if teacher else None,
+            TensorDescriptor.from_tensor(weight_t, cols) if teacher else None, bias_t,
+            temperatures, temperature, outer_s, inner_s, outer_t, inner_t,
+            n_rows, vocab, hidden_s.shape[1], hidden_t.shape[1] if teacher else 0, parts, PART=part, **config,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, LOG2E, NEVER, add_gradient
-from ._launch import fp32, on_device, row_alignment, softcap_factors, temperature_arguments, warp
+from ._launch import fp32, map_arguments, on_device, row_alignment, warp
 from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, widen
 from .row_stats import read_tiles
 
@@ -232,23 +232,90 @@ def row_grad(
     rows, numbers, kinds = [upstream, *(normalisers[name] for name in NORMALISERS)], [], []
     for term in terms:
         kind, names, _ = KINDS[term.name]
-        kinds.append((kind, len(rows) - 1, len(numbers)))
+        kinds += (kind, len(rows) - 1, len(numbers))
         rows += [term.rows[name] for name in names]
         numbers += map(float, (term.weight, *term.params))
+    label = [] if label is None else [value for value in label if value is not None]
+    maps = map_arguments(temperature, scale_s, softcap_s, scale_t, softcap_t)
+    rest = (list(map(fp32, rows)), kinds, numbers, label[:1] + list(map(fp32, label[1:])), first_column, *maps)
+    if out is logits_s:
+        _row_grad_inplace(logits_s, logits_t, row_ids, *rest)
+    else:
+        _row_grad(out, logits_s, logits_t, row_ids, scatter, *rest)
+    return out
+
+
+@torch.library.custom_op("tip_kernels::row_grad", mutates_args={"out"})
+def _row_grad(
+    out: Tensor,
+    logits_s: Tensor,
+    logits_t: Tensor,
+    row_ids: Tensor | None,
+    scatter: bool,
+    rows: Sequence[Tensor],
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    label: Sequence[Tensor],
+    first_column: int,
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    inner_s: float | None,
+    outer_t: float,
+    inner_t: float | None,
+) -> None:
+    """Writes out. rows, numbers and label as in `grad_kernel`, kinds its TERMS one after the other."""
+    maps = (temperatures, temperature, outer_s, inner_s, outer_t, inner_t)
+    _launch(out, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, maps)
+
+
+@torch.library.custom_op("tip_kernels::row_grad_", mutates_args={"logits_s"})
+def _row_grad_inplace(
+    logits_s: Tensor,
+    logits_t: Tensor,
+    row_ids: Tensor | None,
+    rows: Sequence[Tensor],
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    label: Sequence[Tensor],
+    first_column: int,
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    inner_s: float | None,
+    outer_t: float,
+    inner_t: float | None,
+) -> None:
+    """Writes the rows row_ids of logits_s, or all of them: `row_grad` with out where it reads."""
+    maps = (temperatures, temperature, outer_s, inner_s, outer_t, inner_t)
+    scatter = row_ids is not None
+    _launch(logits_s, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, maps)
+
+
+def _launch(
+    out: Tensor,
+    logits_s: Tensor,
+    logits_t: Tensor,
+    row_ids: Tensor | None,
+    scatter: bool,
+    rows: Sequence[Tensor],
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    label: Sequence[Tensor],
+    first_column: int,
+    maps: tuple[Tensor | float | None, ...],
+) -> None:
+    n_slots, width = rows[0].shape[0], logits_s.shape[1]
     if n_slots == 0 or width == 0:
-        return out
-    label = () if label is None else tuple(value for value in label if value is not None)
+        return
     chunks = triton.cdiv(width, CHUNK)
     with on_device(logits_s):
         grad_kernel[(n_slots * chunks,)](
-            out, logits_s, logits_t, row_ids, *temperature_arguments(temperature),
-            *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
-            tuple(map(fp32, rows)), tuple(numbers), label[:1] + tuple(map(fp32, label[1:])),
+            out, logits_s, logits_t, row_ids, *maps, tuple(rows), tuple(numbers) or (0.0,), tuple(label),
             logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
-            TERMS=tuple(kinds), SCATTER=scatter, ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK,
-            **grad_config(),
+            TERMS=tuple(zip(kinds[::3], kinds[1::3], kinds[2::3], strict=True)), SCATTER=scatter,
+            ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK, **grad_config(),
         )  # fmt: skip
-    return out
 
 
 def check_tiles(logits_s: Tensor, logits_t: Tensor, n_slots: int, row_ids: Tensor | None) -> None:

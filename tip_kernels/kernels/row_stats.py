@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import fp32, on_device, row_alignment, softcap_factors, target, temperature_arguments, warp
+from ._launch import fp32, map_arguments, on_device, row_alignment, target, warp
 from ._online import (
     FLOOR,
     GUARD,
@@ -330,6 +330,10 @@ class RowState:
     softcap_s: float | None
     softcap_t: float | None
 
+    def maps(self) -> tuple[Tensor | None, float, float, float | None, float, float | None]:
+        """The settings as the kernels take them."""
+        return map_arguments(self.temperature, self.scale_s, self.softcap_s, self.scale_t, self.softcap_t)
+
 
 def new_state(
     n_rows: int,
@@ -368,7 +372,7 @@ def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None,
     logits_s, logits_t: (N, width) bf16, fp16 or fp32, unit stride along the width, before scale and softcap. `column`
     is a multiple of state.part, and so is the width unless the tile ends the vocabulary. Does not synchronise.
     """
-    n_rows, width = logits_s.shape
+    width = logits_s.shape[1]
     tiles = [("logits_s", logits_s)] + ([("logits_t", logits_t)] if logits_t is not None else [])
     if state.teacher != (logits_t is not None):
         raise ValueError(f"logits_t must be {'a tensor' if state.teacher else 'None'} for this state")
@@ -381,41 +385,82 @@ def fold_tile(state: RowState, logits_s: Tensor, logits_t: Tensor | None = None,
         raise ValueError(
             f"column and width must cut [0, {state.vocab}) at multiples of {state.part}, got {column} and {width}"
         )
+    _fold_tile(state.sums, logits_s, logits_t, *state.maps(), column // state.part, state.part, state.margins)
+
+
+@torch.library.custom_op("tip_kernels::fold_tile", mutates_args={"sums"})
+def _fold_tile(
+    sums: Tensor,
+    logits_s: Tensor,
+    logits_t: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    inner_s: float | None,
+    outer_t: float,
+    inner_t: float | None,
+    first_part: int,
+    part: int,
+    margins: bool,
+) -> None:
+    """Writes the parts from first_part on of `RowState.sums`."""
+    n_rows, width = logits_s.shape
     if n_rows == 0:
         return
-    parts = triton.cdiv(width, state.part)
-    alignment = row_alignment(*(tile for _, tile in tiles))
-    has_cap = state.softcap_s is not None or state.softcap_t is not None
+    parts = triton.cdiv(width, part)
+    alignment = row_alignment(logits_s, *(() if logits_t is None else (logits_t,)))
+    has_cap = inner_s is not None or inner_t is not None
     with on_device(logits_s):
         fold_kernel[(n_rows * parts,)](
-            state.sums, logits_s, logits_t, *temperature_arguments(state.temperature),
-            *softcap_factors(state.scale_s, state.softcap_s), *softcap_factors(state.scale_t, state.softcap_t),
+            sums, logits_s, logits_t, temperatures, temperature, outer_s, inner_s, outer_t, inner_t,
             logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
-            n_rows, width, parts, column // state.part, state.sums.shape[1],
-            MARGINS=state.margins, ALIGNED=alignment, PART=state.part,
-            **fold_config(state.margins, has_cap, alignment > 1),
+            n_rows, width, parts, first_part, sums.shape[1],
+            MARGINS=margins, ALIGNED=alignment, PART=part, **fold_config(margins, has_cap, alignment > 1),
         )  # fmt: skip
 
 
 def finish(state: RowState) -> dict[str, Tensor]:
     """Statistics of every row, (N,) fp32 each, in nats: see `row_stats`. Does not synchronise."""
-    n_rows = state.sums.shape[2]
-    names = PAIR_FIELDS if state.teacher else ONE_FIELDS
-    if state.margins:
-        names = (*names, "margin_s", "margin_t", "agree") if state.teacher else (*names, "margin_s")
-    out = torch.empty(len(names), n_rows, dtype=torch.float32, device=state.sums.device)
-    if n_rows:
-        with on_device(out):
-            finish_kernel[(triton.cdiv(n_rows, ROWS),)](
-                out, state.sums, *temperature_arguments(state.temperature),
-                softcap_factors(state.scale_s, state.softcap_s)[0], softcap_factors(state.scale_t, state.softcap_t)[0],
-                n_rows, state.sums.shape[1],
-                TEACHER=state.teacher, MARGINS=state.margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
-    stats = dict(zip(names, out.unbind(0), strict=True))
+    temperatures, temperature, outer_s, _, outer_t, _ = state.maps()
+    out = _finish_rows(state.sums, temperatures, temperature, outer_s, outer_t, state.teacher, state.margins)
+    stats = dict(zip(_names(state.teacher, state.margins), out.unbind(0), strict=True))
     if "agree" in stats:
         stats["agree"] = stats["agree"] > 0.5
     return stats
+
+
+def _names(teacher: bool, margins: bool) -> tuple[str, ...]:
+    """The statistics in the order that `finish_kernel` stores them."""
+    if teacher:
+        return (*PAIR_FIELDS, "margin_s", "margin_t", "agree") if margins else PAIR_FIELDS
+    return (*ONE_FIELDS, "margin_s") if margins else ONE_FIELDS
+
+
+@torch.library.custom_op("tip_kernels::finish_rows", mutates_args=())
+def _finish_rows(
+    sums: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    outer_t: float,
+    teacher: bool,
+    margins: bool,
+) -> Tensor:
+    """(fields, N) statistics of `RowState.sums`."""
+    _, parts, n_rows = sums.shape
+    out = _new_rows(sums, teacher, margins)
+    if n_rows:
+        with on_device(out):
+            finish_kernel[(triton.cdiv(n_rows, ROWS),)](
+                out, sums, temperatures, temperature, outer_s, outer_t, n_rows, parts,
+                TEACHER=teacher, MARGINS=margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+@_finish_rows.register_fake
+def _new_rows(sums: Tensor, *settings: object) -> Tensor:
+    return sums.new_empty(len(_names(*settings[-2:])), sums.shape[2])
 
 
 def row_stats(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, NEVER, at_least_never, sum_terms
-from ._launch import fp32, on_device, row_alignment, softcap_factors, temperature_arguments, warp
+from ._launch import fp32, map_arguments, on_device, row_alignment, warp
 from ._online import Model, capped, half_unit, widen
 from .row_grad import NORMALISERS, Term, check_tiles, load_normaliser, log2_p
 from .row_stats import PART, read_tiles
@@ -121,29 +121,62 @@ def row_sums(
     for term in terms:
         if not KINDS[term.name][2]:
             raise ValueError(f"terms must be divergences with row sums of their own, got {term.name!r}")
-    n_slots, width = normalisers["shift_s"].numel(), logits_s.shape[1]
-    check_tiles(logits_s, logits_t, n_slots, row_ids)
-    parts = triton.cdiv(width, PART)
-    partial = torch.empty(2 * len(terms), parts, n_slots, dtype=torch.float32, device=logits_s.device)
-    out = torch.empty(2 * len(terms), n_slots, dtype=torch.float32, device=logits_s.device)
+    check_tiles(logits_s, logits_t, normalisers["shift_s"].numel(), row_ids)
     numbers, kinds = [], []
     for term in terms:
-        kinds.append((KINDS[term.name][0], len(numbers)))
+        kinds += (KINDS[term.name][0], len(numbers))
         numbers += map(float, term.params)
-    if n_slots and terms:
-        with on_device(logits_s):
-            sums_kernel[(n_slots * parts,)](
-                partial, logits_s, logits_t, row_ids, *temperature_arguments(temperature),
-                *softcap_factors(scale_s, softcap_s), *softcap_factors(scale_t, softcap_t),
-                tuple(fp32(normalisers[name]) for name in NORMALISERS), tuple(numbers) or (0.0,),
-                logits_s.stride(0), logits_t.stride(0), n_slots, width, parts,
-                TERMS=tuple(kinds), ALIGNED=row_alignment(logits_s, logits_t), PART=PART,
-                TILE=8 * warp(), TILES=2, num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
-            blocks = triton.cdiv(n_slots, SLOTS)
-            add_parts_kernel[(2 * len(terms) * blocks,)](
-                out, partial, n_slots, parts, SLOTS=SLOTS, num_warps=1, enable_fp_fusion=False
-            )
+    maps = map_arguments(temperature, scale_s, softcap_s, scale_t, softcap_t)
+    rows = [fp32(normalisers[name]) for name in NORMALISERS]
+    out = _row_sums(logits_s, logits_t, row_ids, rows, kinds, numbers, *maps)
     return [
         dict(zip(KINDS[term.name][2], out[2 * i : 2 * i + 2].unbind(0), strict=True)) for i, term in enumerate(terms)
     ]
+
+
+@torch.library.custom_op("tip_kernels::row_sums", mutates_args=())
+def _row_sums(
+    logits_s: Tensor,
+    logits_t: Tensor,
+    row_ids: Tensor | None,
+    rows: Sequence[Tensor],
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    temperatures: Tensor | None,
+    temperature: float,
+    outer_s: float,
+    inner_s: float | None,
+    outer_t: float,
+    inner_t: float | None,
+) -> Tensor:
+    """(2 terms, S) sums. rows and numbers as in `sums_kernel`, kinds its TERMS one after the other."""
+    out = _new_sums(logits_s, logits_t, row_ids, rows, kinds)
+    (n_sums, n_slots), width = out.shape, logits_s.shape[1]
+    if out.numel() == 0:
+        return out
+    parts = triton.cdiv(width, PART)
+    partial = out.new_empty(n_sums, parts, n_slots)
+    with on_device(out):
+        sums_kernel[(n_slots * parts,)](
+            partial, logits_s, logits_t, row_ids, temperatures,
+            temperature, outer_s, inner_s, outer_t, inner_t, tuple(rows), tuple(numbers) or (0.0,),
+            logits_s.stride(0), logits_t.stride(0), n_slots, width, parts,
+            TERMS=tuple(zip(kinds[::2], kinds[1::2], strict=True)), ALIGNED=row_alignment(logits_s, logits_t),
+            PART=PART, TILE=8 * warp(), TILES=2, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        add_parts_kernel[(n_sums * triton.cdiv(n_slots, SLOTS),)](
+            out, partial, n_slots, parts, SLOTS=SLOTS, num_warps=1, enable_fp_fusion=False
+        )
+    return out
+
+
+@_row_sums.register_fake
+def _new_sums(
+    logits_s: Tensor,
+    logits_t: Tensor,
+    row_ids: Tensor | None,
+    rows: Sequence[Tensor],
+    kinds: Sequence[int],
+    *settings: object,
+) -> Tensor:
+    return rows[0].new_empty(len(kinds), rows[0].shape[0])
