@@ -45,7 +45,9 @@ class Batch:
         self.n_rows = student.n_rows
         self.n_rollouts = math.prod(student.batch_shape[:-1])
         if isinstance(rollout_ids, Tensor) and rollout_ids.device == student.device:
-            self.n_rollouts = torch.unique(rollout_ids).numel()  # on a GPU the one wait, before anything is measured
+            # on a GPU the one wait, before anything is measured; a graph cannot wait and takes the most there may be
+            compiling = torch.compiler.is_compiling()
+            self.n_rollouts = self.n_rows if compiling else torch.unique(rollout_ids).numel()
         self.units = 0.0
         self.top_k = 0
         self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
@@ -136,8 +138,8 @@ class Batch:
         return stats_record(measured, self.student, temperature, self.labels, self.top_k, listed_ids, partial)
 
     def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Kept row ids and which of them are real: exact on a CPU, else as many slots as the rule may need."""
-        if kept.mask.device.type == "cpu":
+        """Kept row ids and which are real: exact on a CPU, else (or in a graph) as many slots as the rule may need."""
+        if kept.mask.device.type == "cpu" and not torch.compiler.is_compiling():
             return kept.row_ids, torch.ones_like(kept.row_ids, dtype=torch.bool)
         groups = 1 if getattr(rule, "scope", "rollout") == "batch" else self.n_rollouts
         return kept.slots(min(rule.capacity(self.n_rows, groups), self.n_rows))

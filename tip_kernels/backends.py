@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 
@@ -15,12 +13,13 @@ from tip_kernels._checks import expect
 
 NAMES = ("eager", "triton")
 ENVIRONMENT = "TIP_KERNELS_BACKEND"
-_requested: ContextVar[str | None] = ContextVar("tip_kernels_backend", default=None)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+_requested: str | None = None  # a plain global, whose change torch.compile notices; a context variable it cannot read
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Overrides, inside a with block, the choice of backend by device.
+    """Overrides, inside a with block and for all threads, the choice of backend by device.
 
     name  "eager" or "triton". The environment variable TIP_KERNELS_BACKEND does the same for a whole process; the
           context manager wins over it. A backward runs on its forward's backend, wherever it is called.
@@ -29,27 +28,22 @@ def backend(name: str) -> Iterator[None]:
     never falls back. Triton on a CPU needs TRITON_INTERPRET=1 before the first import.
     """
     expect(name in NAMES, "backend", "'eager' or 'triton'", name)
-    token = _requested.set(name)
+    global _requested
+    before, _requested = _requested, name
     try:
         yield
     finally:
-        _requested.reset(token)
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+        _requested = before
 
 
 def backend_for(device: torch.device) -> str:
     """The backend that work on this device takes now."""
-    name = _requested.get() or os.environ.get(ENVIRONMENT) or None
+    name = _requested or os.environ.get(ENVIRONMENT) or None
     expect(name in (None, *NAMES), ENVIRONMENT, "'eager' or 'triton'", name)
-    installed = _triton_is_installed()
     if name is None:
-        return "triton" if installed and device.type == "cuda" else "eager"
+        return "triton" if TRITON_IS_INSTALLED and device.type == "cuda" else "eager"
     if name == "triton":
-        if not installed:
+        if not TRITON_IS_INSTALLED:
             raise ValueError("backend: 'triton' was asked for, but triton is not installed: pip install triton")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(

@@ -145,6 +145,9 @@ def distill(
     flag("temperature_sq", temperature_sq)
     flag("full_stats", full_stats)
     expect(sweeps is None or (is_int(sweeps) and sweeps in (1, 2)), "sweeps", "1, 2 or None", sweeps)
+    if torch.compiler.is_compiling():
+        expect(sweeps != 1, "sweeps", "2 or None under torch.compile", sweeps)
+        sweeps = 2
 
     flag("backward", backward)
     expect(
@@ -185,7 +188,7 @@ def distill(
             loss.backward(scale)
         loss = loss.detach()
     dropped = (valid & ~usable).sum()
-    if dropped.device.type == "cpu" and int(dropped):
+    if dropped.device.type == "cpu" and not torch.compiler.is_compiling() and int(dropped):
         warnings.warn(
             "tip_kernels.distill: a kept row has a NaN or infinite divergence and got weight 0; "
             "plan.dropped_rows counts such rows in every call",

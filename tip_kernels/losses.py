@@ -36,7 +36,7 @@ from tip_kernels.sources import (
     teacher_rows,
 )
 from tip_kernels.stats import TokenStats
-from tip_kernels.sweeps import CrossEntropy, GradientSweep, LeafSweep, OutcomeSweep, Sweep
+from tip_kernels.sweeps import TWICE, CrossEntropy, GradientSweep, LeafSweep, OutcomeSweep, Sweep
 from tip_kernels.topk import (
     PARTIAL,
     TopK,
@@ -94,8 +94,8 @@ def divergence_loss(
     if kept is None:
         ids = torch.arange(rows_s.n_rows, device=rows_s.device)
     else:
-        expect(kept.mask.numel() == rows_s.n_rows, "kept", f"a choice among {rows_s.n_rows} rows", kept.mask)
-        ids = kept.row_ids
+        expect(kept.mask.numel() == rows_s.n_rows, "kept", "a choice among {} rows", kept.mask, rows_s.n_rows)
+        ids = kept.mask.nonzero().squeeze(1) if torch.compiler.is_compiling() else kept.row_ids
     workspace = workspace_bytes(workspace_mib)
     if stats is None:
         at_rows = None
@@ -203,7 +203,12 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
     if isinstance(teacher, TopKRows):
         return _outcome_loss(student, teacher, task)
-    return _RowLoss.apply(*differentiated(student, teacher, task), student, teacher, *student.leaves)
+    loss, gradient = differentiated(student, teacher, task)
+    if torch.compiler.is_compiling():
+        from tip_kernels import compiled
+
+        return compiled.attach_gradient(loss, gradient, student, teacher)
+    return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)
 
 
 def differentiated(student: Rows, teacher: Rows, task: RowTask) -> tuple[Tensor, GradientSweep]:
@@ -312,6 +317,4 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, upstream: Tensor) -> Tensor:
-        raise RuntimeError(
-            "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
-        )
+        raise RuntimeError(TWICE)

@@ -57,6 +57,10 @@ def measure(
     tiled torch everywhere. Beside a TopK the private fields hold the student's logits of its tokens, (len(rows), K).
     record takes the logits of each source as they pass, fp32 (len(rows), V) at temperature 1, or None to let them go.
     """
+    if torch.compiler.is_compiling() and not isinstance(teacher, TopKRows):
+        from tip_kernels import compiled
+
+        return compiled.measured(student, teacher, want, rows, labels, temperature, top_k, workspace)
     n_rows = student.n_rows if rows is None else rows.numel()
     if rows is not None:
         labels = None if labels is None else labels[rows]
@@ -88,6 +92,17 @@ def measure(
         if listed:
             out |= _outcome_fields(out, teacher, student.vocab, want, rows, labels, workspace)
     return {name: value for name, value in out.items() if name in want | PRIVATE_FIELDS}
+
+
+def check_label_range(labels: Tensor, vocab: int) -> None:
+    """Refuses labels (N,) that are no token, on a CPU; elsewhere looking at them would have to wait."""
+    if labels.device.type == "cpu" and labels.numel():
+        ok = bool((((labels >= 0) & (labels < vocab)) | (labels == IGNORE_LABEL)).all())
+        if not ok:
+            low, high = int(labels.min()), int(labels.max())
+            raise ValueError(
+                f"labels: expected values from 0 to {vocab - 1}, or {IGNORE_LABEL} for none, got {low} to {high}"
+            )
 
 
 class Engine(Protocol):

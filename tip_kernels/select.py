@@ -67,7 +67,7 @@ class Kept:
         Returns ids (capacity,) int64 and valid (capacity,) bool, False for a spare row.
         """
         n_rows = self.mask.numel()
-        expect(is_int(capacity) and 0 <= capacity <= n_rows, "capacity", f"an int in [0, {n_rows}]", capacity)
+        expect(is_int(capacity) and 0 <= capacity <= n_rows, "capacity", "an int in [0, {}]", capacity, n_rows)
         spare, ids = (~self.mask).sort(stable=True)
         return ids[:capacity], ~spare[:capacity]
 
@@ -81,7 +81,6 @@ class Rule:
 
     needs = frozenset()
 
-    @torch.no_grad()
     def __call__(self, stats: TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None) -> Kept:
         """Chooses rows, on the device and without synchronising.
 
@@ -92,6 +91,10 @@ class Rule:
 
         Raises ValueError for a needed field that is None, and for a wrong shape, dtype or device.
         """
+        with torch.no_grad():  # as a decorator of a method it would be beyond torch.compile
+            return self._kept(stats, row_mask, rollout_ids)
+
+    def _kept(self, stats: TokenStats, row_mask: Tensor | None, rollout_ids: Tensor | None) -> Kept:
         shape, device = _layout(stats, row_mask)
         self._check(stats)
         population = _unmasked(row_mask, shape, device)

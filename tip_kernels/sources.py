@@ -48,20 +48,20 @@ class Head:
         expect(ok, "hidden", "a float32, bfloat16 or float16 tensor of shape (N, H) or (B, T, H)", h)
         expect(h.shape[-1] > 0, "hidden", "a width H of at least 1", h)
         ok = isinstance(w, Tensor) and w.dim() == 2 and w.dtype in FLOATS and w.shape[1] == h.shape[-1]
-        expect(ok, "weight", f"a float tensor of shape (V, {h.shape[-1]})", w)
+        expect(ok, "weight", "a float tensor of shape (V, {})", w, h.shape[-1])
         expect(w.shape[0] > 0, "weight", "at least one vocabulary row", w)
         expect(w.device == h.device, "weight", f"a tensor on hidden's device {h.device}", w)
         autocast = torch.is_autocast_enabled(h.device.type)
         expect(w.dtype == h.dtype or autocast, "weight", f"hidden's dtype {h.dtype}", w)
         if b is not None:
             ok = isinstance(b, Tensor) and b.shape == w.shape[:1] and b.dtype in FLOATS and b.device == h.device
-            expect(ok, "bias", f"a float tensor of shape ({w.shape[0]},) on {h.device}, or None", b)
+            expect(ok, "bias", "a float tensor of shape ({},) on {}, or None", b, w.shape[0], h.device)
         finite_number("scale", self.scale, positive=True)
         if self.softcap is not None:
             finite_number("softcap", self.softcap, positive=True)
         if (v := self.vocab_size) is not None:
             ok = is_int(v) and 1 <= v <= w.shape[0]
-            expect(ok, "vocab_size", f"an int from 1 to weight's {w.shape[0]} rows", v)
+            expect(ok, "vocab_size", "an int from 1 to weight's {} rows", v, w.shape[0])
 
 
 def _collapses(x: Tensor) -> bool:

@@ -18,6 +18,8 @@ from tip_kernels.measure import IGNORE_LABEL, columns_of, is_read_in_place, tile
 from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import TopKRows, add_columns, hide_columns
 
+TWICE = "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -58,12 +60,20 @@ class Sweep:
     def columns_at(self, part: slice) -> dict[str, Tensor]:
         return {name: value[part].unsqueeze(1) for name, value in self.normalisers.items()}
 
-    @torch.no_grad()
     def row_sums(self, student: Rows, teacher: Rows, terms: list[Divergence]) -> dict[Divergence, dict[str, Tensor]]:
         """The row sums of class-B divergences, each {name: (S,)}, by one sweep; nothing is swept without any."""
         if not terms:
             return {}
         asked = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in terms]
+        if torch.compiler.is_compiling():
+            from tip_kernels import compiled
+
+            return dict(zip(terms, compiled.row_sums(self, student, teacher, asked), strict=True))
+        return dict(zip(terms, self.sums_of(student, teacher, asked), strict=True))
+
+    @torch.no_grad()
+    def sums_of(self, student: Rows, teacher: Rows, terms: list[row_grad.Term]) -> list[dict[str, Tensor]]:
+        """The row sums of each term; a term brings its name and parameters."""
         parts, columns, buffers = self.blocks([student, teacher], buffers=8)
         done: list[list[dict[str, Tensor]]] = []
         with torch.autocast(student.device.type, enabled=False):
@@ -72,15 +82,14 @@ class Sweep:
                 totals: list[dict[str, Tensor]] = []
                 for v0, v1 in columns_of(student.vocab, columns):
                     z_s, z_t = _tiles(blocks, [None, None], buffers, v0, v1)
-                    sums = self._tile_sums(z_s, z_t, asked, part)
+                    sums = self._tile_sums(z_s, z_t, terms, part)
                     totals = (
                         [{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums
                     )
                 done.append(totals)
-        return {
-            term: {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]}
-            for i, term in enumerate(terms)
-        }
+        return [
+            {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]} for i in range(len(terms))
+        ]
 
     def _tile_sums(self, z_s: Tensor, z_t: Tensor, terms: list[row_grad.Term], part: slice) -> list[dict[str, Tensor]]:
         if self.backend == "triton":
