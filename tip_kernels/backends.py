@@ -11,9 +11,17 @@ import torch
 
 from tip_kernels._checks import expect
 
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # from an import hook that refuses it
+        return False
+
+
 NAMES = ("eager", "triton")
 ENVIRONMENT = "TIP_KERNELS_BACKEND"
-TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_IS_INSTALLED = _is_installed("triton")
 _requested: str | None = None  # a plain global, whose change torch.compile notices; a context variable it cannot read
 
 
