@@ -342,6 +342,9 @@ def test_ddp_reduces_the_gradients_of_a_head(unused, tmp_path):
             again = gradients(model, tip.distill(head_of(wrapped, **batch_of()), teacher).loss)
         assert sum(reduced) == 2 * sum(w.numel() for w in model.parameters())
         assert all(torch.allclose(plain[name], again[name]) for name in plain)
+        tokens = batch_of() | {"labels": batch_of()["input_ids"]}
+        with pytest.raises(ValueError, match="backward: expected False with DDP"):
+            distill_batch(wrapped, model, tokens, backward=True)
         static = nn.parallel.DistributedDataParallel(model, static_graph=True)
         with pytest.raises(ValueError, match="static_graph"):
             head_of(static, **batch_of())
@@ -476,14 +479,19 @@ def test_labels_are_given_where_the_loss_reads_them():
     assert distill_batch(student, teacher, batch).stats.logp_s is None
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_micro_batches_add_up_to_the_whole_batch(at_once):
     student, teacher, batch = pair_and_batch()
     whole = gradients(student, distill_batch(student, teacher, batch, select=tip.KeepAll()).loss)
     items = (batch["labels"] != -100).sum()
     student.zero_grad()
     for rows in (slice(0, 1), slice(1, 3)):
         micro = {name: value[rows] for name, value in batch.items()}
-        distill_batch(student, teacher, micro, select=tip.KeepAll(), num_items_in_batch=items).loss.backward()
+        options = {"select": tip.KeepAll(), "num_items_in_batch": items, "backward": at_once}
+        loss = distill_batch(student, teacher, micro, **options).loss
+        assert loss.requires_grad != at_once
+        if not at_once:
+            loss.backward()
     for name, weight in student.named_parameters():
         torch.testing.assert_close(weight.grad.double(), whole[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="normalizer: expected 'kept' beside num_items_in_batch"):

@@ -119,12 +119,16 @@ def distill_batch(
     if options.get("ce_weight") or reads & LABEL_FIELDS:
         expect(labels is not None, "batch", "labels or input_ids, since the loss reads tokens", tuple(batch))
         options["labels"] = torch.where(mask, labels, IGNORE)
-    if num_items_in_batch is not None:
-        expect(options.get("normalizer", "kept") == "kept", "normalizer", "'kept' beside num_items_in_batch", options)
-    out = distill(rows, teacher, row_mask=mask.cpu(), **options)
+    if options.get("backward") and isinstance(student, nn.parallel.DistributedDataParallel):
+        raise ValueError("backward: expected False with DDP, which has to see every gradient, got True")
     if num_items_in_batch is None:
-        return out
-    return out._replace(loss=out.loss * (mask.sum() / num_items_in_batch))
+        return distill(rows, teacher, row_mask=mask.cpu(), **options)
+    expect(options.get("normalizer", "kept") == "kept", "normalizer", "'kept' beside num_items_in_batch", options)
+    share = (mask.sum() / num_items_in_batch).float()
+    if options.get("backward"):
+        options["grad_scale"] = share * options.get("grad_scale", 1.0)
+    out = distill(rows, teacher, row_mask=mask.cpu(), **options)
+    return out._replace(loss=out.loss * share)
 
 
 def _rows(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
