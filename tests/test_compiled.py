@@ -307,6 +307,13 @@ def test_a_gradient_that_no_graph_can_hold_is_refused(mode):
         compiled(lambda s: tip.divergence_loss(s, teacher, grad_logits=mode))(leaf(student))
 
 
+@pytest.mark.parametrize("option", [{"sweeps": 1}, {"backward": True}, {"grad_filter": tip.GradFilter(1e-4)}], ids=str)
+def test_what_distill_does_outside_of_a_graph_is_refused(option):
+    tensors = [leaf(x) for x in inputs("head")]
+    with pytest.raises(Exception, match=rf"{next(iter(option))}: expected .* under torch\.compile"):
+        compiled(lambda *t: tip.distill(*sources("head", *t), **option).loss)(*tensors)
+
+
 def test_a_second_derivative_is_refused():
     student, teacher = (leaf(x) for x in logits())
     loss = compiled(lambda s, t: tip.divergence_loss(s, t).sum(), "eager")(student, teacher)

@@ -147,6 +147,9 @@ def distill(
     expect(sweeps is None or (is_int(sweeps) and sweeps in (1, 2)), "sweeps", "1, 2 or None", sweeps)
     if torch.compiler.is_compiling():
         expect(sweeps != 1, "sweeps", "2 or None under torch.compile", sweeps)
+        expect(backward is False, "backward", "False under torch.compile", backward)
+        if grad_filter is not None:
+            raise ValueError("grad_filter: expected None under torch.compile, got a GradFilter")
         sweeps = 2
 
     flag("backward", backward)
