@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 import torch
 
 import tip_kernels as tip
+from tip_kernels import sweeps
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -73,6 +75,22 @@ def test_backends_agree_with_a_label_loss_and_row_temperatures(source):
         assert torch.linalg.norm(ours - eager) <= 2e-5 * torch.linalg.norm(eager) + 1e-6
 
 
+@pytest.mark.parametrize("divergence", [tip.SampledReverseKL(), tip.ReverseKL() + tip.SampledReverseKL(2.0)], ids=str)
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+def test_labels_keep_the_kernel_over_whole_rows(monkeypatch, divergence, ce_weight):
+    """Where the label loss stands alone tiles take its gradient, since a divergence must not matter to it then."""
+    monkeypatch.setattr(sweeps.GradientSweep, "dlogits_tile", lambda *args: pytest.fail("took tiles"))
+    settings = {"ce_weight": ce_weight, "temperature": torch.linspace(0.5, 2.0, N, device=DEVICE)}
+    if ce_weight == 1.0:
+        with pytest.raises(pytest.fail.Exception):
+            learn("triton", "logits", divergence, **settings)
+        return
+    ours = learn("triton", "logits", divergence, **settings)
+    monkeypatch.undo()
+    for a, b in zip(ours, learn("eager", "logits", divergence, **settings), strict=True):
+        assert torch.linalg.norm(a - b) <= 2e-5 * torch.linalg.norm(b) + 1e-6
+
+
 @pytest.mark.parametrize("mode", ["dense", "compact", "inplace"])
 def test_backends_agree_on_every_form_of_a_logit_gradient(mode):
     grads = []
@@ -97,3 +115,66 @@ def test_equal_fp32_logits_give_the_same_bits_from_a_head_as_from_logits():
         logits = tip.token_stats(*tiles)
     for field in ("lse_s", "lse_t", "entropy_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
         assert torch.equal(getattr(heads, field), getattr(logits, field)), field
+
+
+# ---- waiting for the device
+
+DEVICE_RULES = [
+    tip.KeepAll(),
+    tip.SoftOr(0.5),
+    tip.TopEntropy(3, scope="batch"),
+    tip.Overconfident(0.2),
+    tip.RandomRows(0.3),
+    tip.SampleEntropy(0.3, gamma=1.0, unbiased=True),
+]
+
+
+def on_meta(monkeypatch: pytest.MonkeyPatch, source: str, **settings) -> None:
+    """A whole step on tensors without values, which stand in for a GPU's: to look at one is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = {"bool": torch.bool, "int64": torch.int64, "float32": torch.float32}
+    settings = {name: empty(24, dtype=rows[x]) if x in rows else x for name, x in settings.items()}
+    if source == "logits":
+        leaves = [empty(24, 9000).requires_grad_()]
+        student, teacher = leaves[0], empty(24, 9000)
+    else:
+        leaves = [empty(24, 64).requires_grad_(), empty(9000, 64).requires_grad_()]
+        student, teacher = tip.Head(*leaves, softcap=30.0), tip.Head(empty(24, 128), empty(9000, 128))
+    tip.distill(student, teacher, **settings).loss.backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.parametrize("source", ["logits", "head"])
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_distill_with_a_fixed_count_waits_for_nothing(monkeypatch, backend, source):
+    """No .item(), nonzero or copy to the host from the first measurement to the end of backward."""
+    labels = {"labels": "int64", "row_mask": "bool", "row_weights": "float32"}
+    cases = [
+        *({"select": rule} for rule in DEVICE_RULES),
+        {"divergence": tip.JSD(), "ce_weight": 0.3, "temperature": "float32", "temperature_sq": True, **labels},
+        {"divergence": tip.SampledReverseKL(2.0), "select": tip.TopEntropy(0.5), **labels},
+        {"divergence": tip.Renyi(0.5), "normalizer": "all", "full_stats": True, "select": tip.TopEntropy(0.5)},
+        tip.adakd(tip.AdaptiveFocus()),
+    ]
+    with tip.backend(backend):
+        for case in cases:
+            on_meta(monkeypatch, source, **case)
+
+
+@pytest.mark.parametrize("wait", ["rollout_ids", "row_ids"])
+def test_a_wait_would_be_seen(monkeypatch, wait):
+    """What does look at values, by its docstring, is an error on such tensors."""
+
+    class Looks(tip.TopEntropy):
+        def __call__(self, *args, **kwargs):
+            kept = super().__call__(*args, **kwargs)
+            return kept if wait == "rollout_ids" else (kept.row_ids, kept)[1]
+
+    settings = {"rollout_ids": "int64"} if wait == "rollout_ids" else {}
+    with tip.backend("triton"), pytest.raises((NotImplementedError, RuntimeError)):
+        on_meta(monkeypatch, "head", select=Looks(0.5), **settings)

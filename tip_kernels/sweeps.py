@@ -246,14 +246,31 @@ class GradientSweep(LeafSweep):
     def fill_rows(
         self, student: Rows, teacher: Rows, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool
     ) -> bool:
-        plain = self.ce is None and self.labels is None and is_read_in_place(student) and is_read_in_place(teacher)
+        plain = is_read_in_place(student) and is_read_in_place(teacher)
         plain = plain and student.scale == 1.0 and student.softcap is None
-        if self.sweep.backend != "triton" or not plain:
+        # a clipped row may have scalars that are not finite, which the kernel takes for a row without any gradient
+        if self.sweep.backend != "triton" or not plain or (self.ce is not None and self.clipped):
             return False
-        weights = upstream * self.factor if dead is None else (upstream * self.factor).masked_fill(dead[:, 0], 0.0)
-        where = {"row_ids": self.sweep.ids, "out": out, "scatter": scatter}
+        upstream = upstream if dead is None else upstream.masked_fill(dead[:, 0], 0.0)
+        weights = (upstream * self.factor).masked_fill(upstream == 0, 0.0)
+        where = {"row_ids": self.sweep.ids, "out": out, "scatter": scatter, "label": self._label(upstream, weights)}
         self._kernel(student.matrix, teacher.matrix, slice(None), weights, **where)
         return True
+
+    def _label(self, upstream: Tensor, weights: Tensor) -> tuple[Tensor, ...] | None:
+        """What the labels add to the gradient of whole rows, for the Triton kernel; weights is upstream * factor."""
+        if self.labels is None:
+            return None
+        from tip_kernels.kernels.row_grad import Label
+
+        push = torch.zeros_like(weights)
+        for term in self.terms:
+            if "label_factor" in term.rows:
+                push += term.weight * term.rows["label_factor"] * weights / self.sweep.temperature
+        if self.ce is None:
+            return Label(self.labels, push)
+        weight = upstream * self.ce.weight * (self.labels != IGNORE_LABEL)
+        return Label(self.labels, push - weight, weight, self.ce.at_rows["shift_s"], self.ce.at_rows["logsum_s"])
 
     def dlogits_tile(
         self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
@@ -285,7 +302,7 @@ class GradientSweep(LeafSweep):
         g = row_grad.dlogits(_over(z_s, tau), _over(z_t, tau), terms, self.sweep.columns_at(part))
         return g.mul_(weights.unsqueeze(1) / tau)
 
-    def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: Tensor | bool) -> Tensor:
+    def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: object) -> Tensor:
         """The same by the Triton kernel, which reads tiles or whole rows."""
         from tip_kernels.kernels import row_grad as kernels
 
