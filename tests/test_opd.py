@@ -290,8 +290,8 @@ def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, di
     row = loop.step()
     ours = [weight.grad.clone() for weight in loop.weights]
     loop.counters.step = 0  # the same prompts and, the weights being where they were, the same rollouts
-    rollouts = loop._complete(
-        pair.encode(loop.task.draw(random.Random(loop._seed("prompts")), 2)), 1.0, loop._generator("rollouts")
+    rollouts = loop.complete(
+        pair.encode(loop.task.draw(random.Random(loop._seed("prompts")), 2)), 1.0, loop.generator("rollouts")
     )
     own = {
         side: getattr(pair, side).model(input_ids=rollouts.tokens, attention_mask=rollouts.attention).logits

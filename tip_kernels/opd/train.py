@@ -27,6 +27,7 @@ from tip_kernels.opd.task import Task
 from tip_kernels.topk import TopK
 
 CLIP = 1.0  # largest gradient norm
+BINS = 40  # of the entropy histogram
 SMALL = (
     10_000_000  # parameters: below, a second thread gains little when cores are free and loses much when they are not
 )
@@ -82,10 +83,10 @@ class Loop:
     def _seed(self, purpose: str) -> int:
         return random.Random(f"{self.settings.seed} {purpose} {self.counters.step}").getrandbits(63)
 
-    def _generator(self, purpose: str) -> torch.Generator:
+    def generator(self, purpose: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self._seed(purpose))
 
-    def _complete(self, prompts: list[list[int]], temperature: float, generator=None) -> Rollouts:
+    def complete(self, prompts: list[list[int]], temperature: float, generator=None) -> Rollouts:
         return sample(
             self.pair.student.model,
             prompts,
@@ -101,18 +102,18 @@ class Loop:
         """The student's completions of this step's prompts."""
         drawn = self.task.draw(random.Random(self._seed("prompts")), self.settings.batch)
         prompts = self.pair.encode(drawn, self.settings.chat)
-        return self._complete(prompts, self.settings.temperature, self._generator("rollouts"))
+        return self.complete(prompts, self.settings.temperature, self.generator("rollouts"))
 
     def distil(self, rollouts: Rollouts) -> tip.Distilled:
         """Both models over the rollouts, the choice of tokens, and the loss on them."""
         return tip.distill(
             response_head(self.pair.student, rollouts),
-            self._teacher(rollouts),
+            self.teacher(rollouts),
             divergence=self.divergence,
-            labels=self._labels(rollouts),
+            labels=self.labels(rollouts),
             workspace_mib=self.settings.workspace_mib,
             full_stats=True,  # the log shows every token's quadrant, whatever the rule reads
-            **self._choice(rollouts.mask),
+            **self.choice(rollouts.mask),
         )
 
     def step(self) -> dict:
@@ -133,11 +134,12 @@ class Loop:
         seconds = time.perf_counter() - began
         counters.seconds += seconds
         row = {"step": counters.step, "loss": out.loss.item() if kept else None, "rows": rows, "kept": kept}
-        row |= ratio | {"kept_share": kept / rows} | _overview(out.stats, rollouts.mask)
+        row |= ratio | {"kept_share": kept / rows, "kept_mass": _kept_mass(out, rollouts.mask)}
+        row |= _overview(out.stats, rollouts.mask)
         return row | {"grad_norm": norm, "ended": rollouts.ended.float().mean().item(), "seconds": seconds}
 
     @torch.no_grad()
-    def _teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
+    def teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
         """The teacher at every place of the completions: its head, or its likeliest tokens alone."""
         side, settings = self.pair.teacher, self.settings
         head = response_head(side, rollouts)
@@ -145,14 +147,14 @@ class Loop:
             return head
         return likeliest(head, settings.teacher_topk, settings.workspace_mib)
 
-    def _choice(self, mask: Tensor) -> dict:
+    def choice(self, mask: Tensor) -> dict:
         """What distill keeps and how it weighs it: AdaKD's arguments, or a rule with a plain mean over kept tokens."""
         if self.focus:
             return adakd(self.focus, row_mask=mask)
-        rule = self.settings.make_rule(self._generator("rule"))
+        rule = self.settings.make_rule(self.generator("rule"))
         return {"select": rule, "row_mask": mask, "normalizer": "kept"}
 
-    def _labels(self, rollouts: Rollouts) -> Tensor | None:
+    def labels(self, rollouts: Rollouts) -> Tensor | None:
         """(B, L) the sampled tokens, where the divergence reads them: place i holds the one that row i predicts."""
         if not self.settings.samples_tokens:
             return None
@@ -174,28 +176,33 @@ class Loop:
     def evaluate(self) -> dict:
         """Greedy accuracy on the held-out prompts, and the mean KL(student || teacher) per token along those answers.
 
-        Accuracy is None where the task knows no answers.
+        Accuracy is None where the task knows no answers. The histogram counts those tokens by the student's entropy,
+        in BINS equal bins from 0 to `top`, the entropy of a uniform student.
         """
         began, right, nats, rows = time.perf_counter(), 0, 0.0, 0
+        top = math.log(self.pair.student.tokens)
+        counts = torch.zeros(BINS, dtype=torch.int64)
         chunk = 4 * self.settings.batch
         for first in range(0, len(self.held_out), chunk):
-            rollouts = self._complete(self.held_out[first : first + chunk], temperature=0)
+            rollouts = self.complete(self.held_out[first : first + chunk], temperature=0)
             heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
             student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
             stats = tip.token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
             nats += stats.kl_rev.double().sum().item()
             rows += len(student.hidden)
+            counts += _histogram(stats.entropy_s, top)
             if self.task.judge:
-                right += sum(self._judge(rollouts, first))
+                right += sum(self.judge(rollouts, first))
         counters, count = self.counters, len(self.held_out)
         counters.end_accuracy = right / count if self.task.judge else None
         counters.end_kl = nats / rows
         if counters.step == 0:
             counters.start_accuracy, counters.start_kl = counters.end_accuracy, counters.end_kl
         counters.seconds += time.perf_counter() - began
-        return {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl}
+        histogram = {"top": top, "counts": counts.tolist()}
+        return {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl, "entropy_histogram": histogram}
 
-    def _judge(self, rollouts: Rollouts, first: int) -> list[bool]:
+    def judge(self, rollouts: Rollouts, first: int) -> list[bool]:
         verdicts = []
         for i, (completion, mask, ended) in enumerate(
             zip(rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
@@ -228,3 +235,16 @@ def _overview(stats: tip.TokenStats, mask: Tensor) -> dict:
     shares = torch.bincount(tip.quadrants(stats, row_mask=mask)[rows].long(), minlength=5).float() / rows.sum()
     overview = {"entropy": stats.entropy_s[rows].mean().item(), "kl_rev": stats.kl_rev[rows].mean().item()}
     return overview | {f"q{i}": shares[i].item() for i in (1, 2, 3, 4)}
+
+
+def _kept_mass(out: tip.Distilled, mask: Tensor) -> float:
+    """The kept tokens' part of the whole KL(student || teacher); tokens of infinite or unknown KL are left out."""
+    kl = out.stats.kl_rev.double()
+    kl = torch.where(mask.flatten() & kl.isfinite(), kl, 0.0)
+    return (kl[out.kept.mask].sum() / kl.sum()).item()
+
+
+def _histogram(entropy: Tensor, top: float) -> Tensor:
+    """(BINS,) int64 on the CPU: how many rows are in each bin; NaN rows in none."""
+    bins = (entropy[~entropy.isnan()] * (BINS / top)).long().clamp(0, BINS - 1)
+    return torch.bincount(bins, minlength=BINS).cpu()
