@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 USAGE = """usage: tip-kernels <command> [options]
 
 commands:
-  opd     on-policy distillation: a student samples, a teacher scores, the student learns from the tokens that matter
+  opd      on-policy distillation: a student samples, a teacher scores, the student learns from the tokens that matter
+  inspect  see which tokens matter: a page of rollouts, of a run, of two checkpoints or of saved statistics
+  compare  several runs on one page
 
 `tip-kernels <command> --help` lists a command's options."""
+
+
+def _opd(argv: list[str]) -> int:
+    from tip_kernels.opd import cli
+
+    return cli.main(argv)
+
+
+def _inspect(argv: list[str]) -> int:
+    from tip_kernels.inspect import cli
+
+    return cli.main("inspect", argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from tip_kernels.inspect import cli
+
+    return cli.main("compare", argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"opd": _opd, "inspect": _inspect, "compare": _compare}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    if argv and argv[0] == "opd":
-        from tip_kernels.opd import cli
-
-        return cli.main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     got = f"got {argv[0]!r}" if argv else "got nothing"
-    print(f"tip-kernels: error: argument command: expected 'opd', {got} (see tip-kernels --help)", file=sys.stderr)
+    known = ", ".join(repr(name) for name in COMMANDS)
+    print(f"tip-kernels: error: argument command: expected {known}, {got} (see tip-kernels --help)", file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,8 @@
     latest                      the name of the newest complete checkpoint
     student/                    the student at the end of the run
     summary.json                what --json prints
+    report.html                 the run in curves, which curves.png and tokens.png hold as pictures
+    inspect.html                where `tip-kernels inspect` puts its page
 
 No pickle anywhere: tensors are safetensors, the rest is JSON.
 """
@@ -57,9 +59,10 @@ def begin(folder: Path, settings: Settings, resumed_at: int | None) -> None:
     if resumed_at is not None:
         _trim_log(folder / "log.jsonl", resumed_at)
     else:
-        for name in ("student", "partial", *(old.name for old in folder.glob("checkpoint-*"))):
+        for name in ("student", "partial", "tensorboard", *(old.name for old in folder.glob("checkpoint-*"))):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("run.json", "log.jsonl", "latest", "summary.json"):
+        pages = ("report.html", "curves.png", "tokens.png", "inspect.html")
+        for name in ("run.json", "log.jsonl", "latest", "summary.json", *pages):
             (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", asdict(settings))
 

@@ -8,14 +8,16 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.options import parser
 from tip_kernels.opd.settings import MODELS, PACKAGED, Settings
 
-NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "tqdm")
-NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model")
+NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
+NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker")
 
 
 class Interrupt:
@@ -106,7 +108,7 @@ def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
 
 def run(options: dict) -> int:
     """One run; returns the exit code. Every argument is checked before anything is written."""
-    from tip_kernels.opd import checkpoint, report, smollm2
+    from tip_kernels.opd import checkpoint, report, smollm2, trackers
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop
@@ -115,6 +117,7 @@ def run(options: dict) -> int:
     quiet, folder = options.get("quiet", False), Path(options.get("output", "runs/opd"))
     settings, resumed = settings_of(options, folder)
     check_teacher(settings)
+    trackers.check(options.get("tracker"))
     device = pick_device(settings.device)
     if any(smollm2.layers_of(name) is not None for name in (settings.teacher, settings.student)):
         smollm2.file()  # a missing package is named before anything is loaded
@@ -125,10 +128,12 @@ def run(options: dict) -> int:
         checkpoint.restore(resumed, loop)
     earlier = loop.counters.seconds
     checkpoint.begin(folder, settings, loop.counters.step if resumed else None)
-    with Interrupt() as interrupt, report.Progress(settings, loop.counters.step, quiet) as progress:
+    tracker = trackers.open_tracker(options.get("tracker"), folder, asdict(settings), loop.counters.step)
+    with closing(tracker), Interrupt() as interrupt, report.Progress(settings, loop.counters.step, quiet) as progress:
 
         def after_step(row: dict) -> bool:
             checkpoint.append_row(folder, row)
+            tracker.log(trackers.numbers_of(row), row["step"])
             progress.show(row)
             if interrupt.asked or "eval_kl" in row:
                 checkpoint.save(folder, loop)
@@ -147,8 +152,11 @@ def run(options: dict) -> int:
     checkpoint.save_student(folder / "student", loop)
     result = report.summary(loop.counters, settings, device, folder, seconds)
     checkpoint.write_json(folder / "summary.json", result)
+    pages = "" if options.get("no_report") else ", report.html"
+    if pages:
+        report.write_pages(folder, result)
     if not quiet:
-        report.print_table(result, task.name, len(task.held_out))
+        report.print_table(result, task.name, len(task.held_out), pages)
     if options.get("json"):
         print(json.dumps(checkpoint.finite(result)), flush=True)
     return 0

@@ -113,6 +113,11 @@ def parser() -> Parser:
     g.add_argument("--output", metavar="FOLDER", help="where the run goes: log, checkpoint, student (default runs/opd)")
     g.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     g.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    g.add_argument(
+        "--no-report", action="store_true", help="write no report.html, curves.png and tokens.png at the end"
+    )
+    text = "log to this library, too, which must be installed: tensorboard (into --output), trackio or wandb"
+    g.add_argument("--tracker", choices=("tensorboard", "trackio", "wandb"), help=text)
     g.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     g.add_argument("--quiet", action="store_true", help="no progress and no table")
     text = "train the packaged models anew instead, into --output (default runs/opd-models), from --seed"

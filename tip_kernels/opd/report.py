@@ -1,4 +1,4 @@
-"""What a run shows: a live bar or plain lines, the final table, and the JSON line."""
+"""What a run shows: a live view or plain lines, the final table, the JSON line, the page and its pictures."""
 
 from __future__ import annotations
 
@@ -6,54 +6,104 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
-from tqdm import tqdm
+from rich.text import Text
 
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.train import Counters
 
+LEVELS = "▁▂▃▄▅▆▇█"
+TREND = 40  # latest values in a row of levels
+QUADRANTS = {"q3": "dark_orange3", "q1": "orange1", "q2": "sky_blue2", "q4": "green4"}  # near Okabe and Ito's
+
 
 class Progress:
-    """One line that renews itself on a terminal; elsewhere a plain line at each evaluation; nothing when quiet.
+    """A view that renews itself on a terminal; elsewhere a plain line at each evaluation; nothing when quiet.
 
     All of it goes to stderr: stdout is for the table and the JSON line.
     """
 
     def __init__(self, settings: Settings, done: int, quiet: bool):
         self.settings, self.quiet = settings, quiet
-        live = not quiet and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=settings.steps, initial=done, desc="opd", unit="step", dynamic_ncols=True) if live else None
-        )
         self.accuracy: float | None = None
+        self.row: dict = {}
+        self.trends: dict[str, list[float]] = {"accuracy": [], "eval_kl": [], "loss": []}
+        console = Console(stderr=True)
+        self.live: Live | None = None
+        if not quiet and console.is_terminal:
+            columns = (TextColumn("[bold]opd"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+            self.task = self.bar.add_task("opd", total=settings.steps, completed=done)
+            self.live = Live(get_renderable=self.view, console=console, refresh_per_second=8)
 
     def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.live:
+            self.live.stop()
 
     def say(self, line: str) -> None:
         """A line of its own."""
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
+        if self.live:
+            self.live.console.print(line, highlight=False, markup=False)
         elif not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
     def show(self, row: dict) -> None:
         """A row of the log."""
         self.accuracy = row.get("accuracy", self.accuracy)
+        for name, trend in self.trends.items():
+            if row.get(name) is not None:
+                trend.append(row[name])
         if row["step"] == 0:
             self.say(f"start  accuracy {_percent(self.accuracy)}  KL {_number(row['eval_kl'])}")
             return
-        text = f"accuracy {_percent(self.accuracy)}  {_facts(row)}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
+        self.row = row
+        if self.live:
+            self.bar.update(self.task, completed=row["step"])
         elif "eval_kl" in row:
-            self.say(f"step {row['step']}/{self.settings.steps}  {text}")
+            self.say(f"step {row['step']}/{self.settings.steps}  accuracy {_percent(self.accuracy)}  {_facts(row)}")
+
+    def view(self) -> Group:
+        """The bar; a line a figure with its first value, its latest and its course; quadrants; what is kept."""
+        table = Table.grid(padding=(0, 2))
+        forms = {"accuracy": ("accuracy", _percent), "eval_kl": ("KL, nats", _number), "loss": ("loss", _number)}
+        for name, (label, form) in forms.items():
+            if trend := self.trends[name]:
+                table.add_row(label, f"{form(trend[0])} → {form(trend[-1])}", Text(_levels(trend[-TREND:]), "cyan"))
+        if self.row:
+            table.add_row("quadrants", _shares(self.row), _stripe(self.row))
+            mass = self.row.get("kept_mass")
+            ratio = f", ratio {self.row['keep']:.2f}" if "keep" in self.row else ""
+            carried = "" if mass is None else f"with {_percent(mass)} of the KL"
+            table.add_row("kept", _percent(self.row["kept_share"]) + ratio, carried)
+        return Group(self.bar, table)
+
+
+def _levels(values: list[float]) -> str:
+    """A row of blocks between the smallest and the largest of the values."""
+    low, high = min(values), max(values)
+    unit = (high - low) / (len(LEVELS) - 1) or 1.0
+    return "".join(LEVELS[round((value - low) / unit)] for value in values)
+
+
+def _shares(row: dict) -> str:
+    return "  ".join(f"{name.upper()} {100 * row[name]:.0f} %" for name in QUADRANTS)
+
+
+def _stripe(row: dict, width: int = 40) -> Text:
+    """The quadrants' shares as a stripe; one that is there at all has at least one cell."""
+    stripe = Text()
+    for name, colour in QUADRANTS.items():
+        stripe.append("█" * (max(1, round(width * row[name])) if row[name] else 0), colour)
+    return stripe
 
 
 def _facts(row: dict) -> str:
@@ -107,7 +157,17 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
     }
 
 
-def print_table(result: dict, task: str, prompts: int) -> None:
+def write_pages(folder: Path, result: dict) -> None:
+    """report.html, curves.png and tokens.png of a finished run, from its log."""
+    from tip_kernels.inspect import curves, page
+
+    run = curves.Run.load(folder)
+    content = curves.report(run, result)
+    page.write(folder / "report.html", page.curves_page(content["title"], content))
+    curves.draw_report(folder, run)
+
+
+def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
     """Start and end side by side."""
     table = Table(title=f"{task}: {prompts} held-out prompts, greedy decoding", title_justify="left")
     for column, justify in (("", "left"), ("start", "right"), ("end", "right")):
@@ -120,7 +180,7 @@ def print_table(result: dict, task: str, prompts: int) -> None:
     skipped = f", {result['skipped_steps']} skipped" if result["skipped_steps"] else ""
     console.print(
         f"{result['steps']} steps{skipped}; rule {result['rule']} kept {_percent(result['kept_share'])} of the tokens; "
-        f"{result['seconds']:.0f} s; peak {_number(result['peak_mib'])} MiB; student in {result['output']}/student",
+        f"{result['seconds']:.0f} s; peak {_number(result['peak_mib'])} MiB; student{pages} in {result['output']}",
         highlight=False,
         markup=False,
     )

@@ -1,0 +1,213 @@
+"""`tip-kernels inspect` and `tip-kernels compare` from their arguments to their exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tip_kernels.opd import UsageError
+from tip_kernels.opd.options import Parser, keep_of, positive, whole
+
+NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
+INSPECT = """\
+Draws rollouts token by token: which are uncertain, which confidently wrong, which the rule keeps. FILE is the folder
+of a run of `tip-kernels opd`, whose student answers held-out prompts as it was before the run and as it is now; or
+statistics that tip_kernels.inspect.save_statistics wrote (.safetensors, .parquet). Without FILE, --teacher and
+--student name a pair of checkpoints. The page is one HTML file that asks for nothing else."""
+COMPARE = """\
+Draws several runs of `tip-kernels opd` beside each other. Runs whose settings differ in nothing but the seed are one
+curve, with a band: the 95 % interval of their mean."""
+
+
+def inspect_parser() -> Parser:
+    """Options that were not typed are absent."""
+    p = Parser(prog="tip-kernels inspect", description=INSPECT, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p.add_argument("files", nargs="*", metavar="FILE", help="folders of runs, or files of statistics")
+    p.add_argument("--output", metavar="PAGE", help="the page (default inspect.html in the run's folder, else here)")
+    p.add_argument(
+        "--save", metavar="STATISTICS", help="write what was measured, too: a name in .safetensors, .parquet"
+    )
+    g = p.add_argument_group("a pair of checkpoints, instead of FILE")
+    g.add_argument("--teacher", metavar="FOLDER", help="checkpoint folder (transformers, safetensors)")
+    g.add_argument("--student", metavar="FOLDER", help="checkpoint folder of the same vocabulary")
+    g.add_argument("--task", metavar="TASK", help="prompts, as in tip-kernels opd (default addition)")
+    g.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    g = p.add_argument_group("what is shown")
+    g.add_argument("--prompts", type=whole(1), metavar="N", help="held-out prompts to answer (default 100)")
+    g.add_argument("--rule", metavar="RULE", help="mark what this rule keeps (default: the run's, else soft_or)")
+    g.add_argument("--keep", type=keep_of, metavar="KEEP", help="its fraction, or number of tokens")
+    g.add_argument("--temperature", type=positive, metavar="T", help="of the rollouts (default: the run's, else 1)")
+    g.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest rollout (default: the run's)")
+    g.add_argument("--seed", type=whole(0), metavar="N", help="of the rollouts (default: the run's, else 0)")
+    g.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--entropy", type=positive, metavar="NATS", help="the quadrants' line between sure and unsure (0.3)")
+    g.add_argument("--divergence", type=positive, metavar="NATS", help="and between right and wrong (0.1)")
+    g.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    g.add_argument("--quiet", action="store_true", help="say nothing else")
+    return p
+
+
+def compare_parser() -> Parser:
+    p = Parser(prog="tip-kernels compare", description=COMPARE, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    p.add_argument("--output", metavar="PAGE", help="the page; a PNG of the same name goes beside it (compare.html)")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    p.add_argument("--quiet", action="store_true", help="no table")
+    return p
+
+
+MODEL_OPTIONS = ("prompts", "rule", "keep", "temperature", "max_new_tokens", "seed", "device")
+
+
+def inspect(options: dict) -> int:
+    """One page; returns the exit code."""
+    from tip_kernels.inspect import page
+    from tip_kernels.inspect.tokens import TokenTable
+
+    files = [Path(name) for name in options.get("files", [])]
+    pair = [name for name in ("teacher", "student", "task", "chat") if name in options]
+    if files and pair:
+        raise UsageError(f"argument --{pair[0]}: expected none beside a FILE, got {options[pair[0]]!r}")
+    if not files and not {"teacher", "student"} <= options.keys():
+        raise UsageError("argument FILE: expected a run, a file of statistics, or --teacher and --student, got nothing")
+    stored = [path for path in files if not path.is_dir()]
+    if files and len(stored) == len(files) and (wrong := [n for n in MODEL_OPTIONS if n in options]):
+        option = wrong[0].replace("_", "-")
+        raise UsageError(f"argument --{option}: expected none where FILE holds statistics, got {options[wrong[0]]!r}")
+    output = Path(options.get("output", _default_page(files)))
+    say = (lambda line: None) if options.get("quiet") else (lambda line: print(line, file=sys.stderr, flush=True))
+    tables = [
+        _labelled(TokenTable.load(f), f, files) if f in stored else _of_run(f, options, files, say) for f in files
+    ]
+    if not files:
+        tables = [_of_pair(options, say)]
+    table = TokenTable.join(tables)
+    if "save" in options:
+        table.save(options["save"])
+        say(f"statistics in {options['save']}")
+    title = " and ".join(dict.fromkeys(_name(path) for path in files)) or "A pair of checkpoints"
+    cuts = {name: options[name] for name in ("entropy", "divergence") if name in options}
+    table.about |= {"rollouts": f"{len(table.rollouts):,}", "tokens": f"{len(table.text):,}"}
+    page.write(output, page.inspect_page(table, f"{title}: which tokens matter", **cuts))
+    say(f"page in {output}")
+    if options.get("json"):
+        counts = table.quadrants(**cuts).long().bincount(minlength=5).tolist()
+        result = {"output": str(output), "rollouts": len(table.rollouts), "tokens": len(table.text)}
+        result |= {"kept": None if table.kept is None else int(table.kept.sum())}
+        print(json.dumps(result | {f"q{q}": counts[q] for q in (1, 2, 3, 4)}), flush=True)
+    return 0
+
+
+def _default_page(files: list[Path]) -> Path:
+    return files[0] / "inspect.html" if len(files) == 1 and files[0].is_dir() else Path("inspect.html")
+
+
+def _name(path: Path) -> str:
+    return path.resolve().stem if path.is_file() else path.resolve().name
+
+
+def _labelled(table, path: Path, files: list[Path]):
+    """Of several files, each rollout says which it is from."""
+    if len(files) > 1:
+        table.rollouts = [
+            r | {"group": f"{_name(path)}, {r['group']}" if "group" in r else _name(path)} for r in table.rollouts
+        ]
+    return table
+
+
+def _of_run(folder: Path, options: dict, files: list[Path], say: Callable[[str], None]):
+    """The table of a run: its student before and after, each with rollouts of its own."""
+    from tip_kernels.inspect.tokens import TokenTable
+    from tip_kernels.opd import checkpoint
+
+    if not (folder / "run.json").is_file():
+        raise UsageError(f"argument FILE: expected the folder of a run, got {str(folder)!r} without run.json")
+    settings = checkpoint.resumed_settings(folder, {})
+    newest = checkpoint.latest(folder)
+    tables = [
+        _observe(settings, options, None, "before training", say),
+        _observe(settings, options, newest, "after training", say),
+    ]
+    return _labelled(TokenTable.join(tables), folder, files)
+
+
+def _of_pair(options: dict, say: Callable[[str], None]):
+    """The table of two checkpoints and a task's prompts."""
+    from tip_kernels.opd.settings import Settings
+
+    given = {name: options[name] for name in ("teacher", "student", "task", "chat") if name in options}
+    return _observe(Settings(**given), options, None, None, say)
+
+
+def _observe(settings, options: dict, student: Path | None, group: str | None, say: Callable[[str], None]):
+    """Rollouts by the settings' student, or by a later state of it, under the options' changes to the settings."""
+    from tip_kernels.inspect.observe import observe
+    from tip_kernels.names import RULES
+    from tip_kernels.opd import cli
+    from tip_kernels.opd.pair import load_pair
+    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.train import Loop
+
+    changes = {name: options[name] for name in MODEL_OPTIONS if name in options and name != "prompts"}
+    if changes.get("rule", "all") not in RULES:
+        raise UsageError(f"argument --rule: expected one of {', '.join(RULES)}, got {changes['rule']!r}")
+    if {"rule", "keep"} & changes.keys():
+        changes["preset"] = None
+    settings = replace(settings, **changes)
+    device = cli.pick_device(settings.device)
+    task = load_task(settings.task, settings.eval_prompts)
+    pair = load_pair(cli.source_of(settings, "teacher"), cli.source_of(settings, "student"), device, student)
+    loop = Loop(settings, pair, task, device)
+    if student is not None and loop.focus and (focus := json.loads((student / "state.json").read_text())["focus"]):
+        loop.focus.load_state_dict(focus)
+    prompts = min(options.get("prompts", 100), len(task.held_out))
+    table = observe(loop, prompts, group, lambda done: say(f"{group or 'rollouts'}: {done} of {prompts}"))
+    table.about = {
+        "task": settings.task,
+        "rule": settings.preset or f"{settings.rule}, keep {settings.keep:g}",
+        "temperature": f"{settings.temperature:g}",
+        "student": settings.student,
+        "teacher": settings.teacher
+        if not settings.teacher_topk
+        else f"{settings.teacher}, top {settings.teacher_topk}",
+    }
+    return table
+
+
+def compare(options: dict) -> int:
+    """Several runs on one page; returns the exit code."""
+    from tip_kernels.inspect import curves, page
+
+    runs = [curves.Run.load(Path(name)) for name in options["runs"]]
+    groups = curves.grouped(runs)
+    output = Path(options.get("output", "compare.html"))
+    content = curves.comparison(groups)
+    page.write(output, page.curves_page(content["title"], content))
+    curves.draw_comparison(output.with_suffix(".png"), groups)
+    if not options.get("quiet"):
+        curves.print_table(content["tables"][0])
+        print(f"page in {output}, picture in {output.with_suffix('.png')}", file=sys.stderr, flush=True)
+    if options.get("json"):
+        print(json.dumps({"output": str(output), "groups": curves.figures(groups)}), flush=True)
+    return 0
+
+
+def main(command: str, argv: list[str]) -> int:
+    """Exit code of `tip-kernels inspect` or `compare`: 0 done, 2 bad arguments, 130 interrupted."""
+    parser, run = {"inspect": (inspect_parser, inspect), "compare": (compare_parser, compare)}[command]
+    try:
+        options = vars(parser().parse_args(argv))
+        if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+            raise UsageError(f'needs {", ".join(missing)}: pip install "tip-kernels[opd]"')
+        return run(options)
+    except UsageError as error:
+        print(f"tip-kernels {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"tip-kernels {command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,52 @@
+"""Rollouts of a student, measured against its teacher as the run would measure them: a TokenTable from two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import tip_kernels as tip
+from tip_kernels.inspect.tokens import TokenTable, table_of
+from tip_kernels.opd.train import Loop, response_head
+
+TOP_K = 5
+
+
+@torch.no_grad()
+def observe(loop: Loop, prompts: int, group: str | None, said: Callable[[int], None]) -> TokenTable:
+    """The loop's student answers its first `prompts` held-out prompts at the run's temperature; `said` hears progress.
+
+    What is kept is what the loop's rule would keep of these rollouts, a batch of the run's size at a time.
+    """
+    settings, task, tokenizer = loop.settings, loop.task, loop.pair.tokenizer
+    generator, tables = loop.generator("inspect"), []
+    for first in range(0, prompts, settings.batch):
+        encoded = loop.held_out[first : min(first + settings.batch, prompts)]
+        rollouts = loop.complete(encoded, settings.temperature, generator)
+        student = response_head(loop.pair.student, rollouts)
+        teacher = loop.teacher(rollouts)
+        labels = torch.where(rollouts.mask, rollouts.completions, -100)
+        stats = tip.token_stats(student, teacher, labels=labels, workspace_mib=settings.workspace_mib)
+        kept = loop.choice(rollouts.mask)["select"](stats, rollouts.mask)
+        right = loop.judge(rollouts, first) if task.judge else [None] * len(encoded)
+        facts = [
+            {"prompt": task.held_out[first + i], "group": group, "right": right[i], "ended": bool(rollouts.ended[i])}
+            for i in range(len(encoded))
+        ]
+        tables.append(
+            table_of(
+                stats,
+                rollouts.completions,
+                tokenizer,
+                row_mask=rollouts.mask,
+                kept=kept,
+                student=student,
+                teacher=teacher,
+                top_k=TOP_K,
+                rollouts=[{name: value for name, value in fact.items() if value is not None} for fact in facts],
+                workspace_mib=settings.workspace_mib,
+            )
+        )
+        said(first + len(encoded))
+    return TokenTable.join(tables)
