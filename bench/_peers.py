@@ -45,6 +45,11 @@ class Problem:
         tensors[1] = tensors[1].clone()
         return cls(tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2], tensors[3])
 
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same values in another dtype, without gradients yet."""
+        tensors = [x.detach().to(dtype).clone() for x in (self.hidden_s, self.weight_s, self.hidden_t, self.weight_t)]
+        return Problem(tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:])
+
     def clear(self) -> None:
         self.hidden_s.grad = self.weight_s.grad = None
 
@@ -52,32 +57,33 @@ class Problem:
         return sum(t.numel() * t.element_size() for t in (self.hidden_s, self.weight_s)) / 2**20
 
 
-def ours(rule: tip.Rule, workspace_mib: float = 256) -> Step:
+def ours(rule: tip.Rule, workspace_mib: float = 256, sweeps: int | None = None) -> Step:
     def step(p: Problem) -> Tensor:
         student, teacher = tip.Head(p.hidden_s, p.weight_s), tip.Head(p.hidden_t, p.weight_t)
-        out = tip.distill(student, teacher, select=rule, workspace_mib=workspace_mib)
+        out = tip.distill(student, teacher, select=rule, workspace_mib=workspace_mib, sweeps=sweeps)
         out.loss.backward()
         return out.loss.detach()
 
     return step
 
 
-def _reverse_kl(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor) -> Tensor:
-    logp_s = (hidden_s @ weight_s.t()).float().log_softmax(-1)
-    logp_t = (hidden_t @ weight_t.t()).float().log_softmax(-1)
+def reverse_kl(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor) -> Tensor:
+    wide = torch.promote_types(hidden_s.dtype, torch.float32)
+    logp_s = (hidden_s @ weight_s.t()).to(wide).log_softmax(-1)
+    logp_t = (hidden_t @ weight_t.t()).to(wide).log_softmax(-1)
     return (logp_s.exp() * (logp_s - logp_t)).sum(-1).mean()
 
 
 def dense(p: Problem) -> Tensor:
     """Plain autograd through both whole softmaxes."""
-    loss = _reverse_kl(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t)
+    loss = reverse_kl(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t)
     loss.backward()
     return loss.detach()
 
 
 def compiled_dense() -> Step:
     """The same through torch.compile."""
-    function = torch.compile(_reverse_kl, dynamic=False)
+    function = torch.compile(reverse_kl, dynamic=False)
 
     def step(p: Problem) -> Tensor:
         loss = function(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t)

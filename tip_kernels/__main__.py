@@ -11,6 +11,7 @@ commands:
   opd      on-policy distillation: a student samples, a teacher scores, the student learns from the tokens that matter
   inspect  see which tokens matter: a page of rollouts, of a run, of two checkpoints or of saved statistics
   compare  several runs on one page
+  plan     what a step costs by strategy and peer, before it is run
 
 `tip-kernels <command> --help` lists a command's options."""
 
@@ -33,7 +34,13 @@ def _compare(argv: list[str]) -> int:
     return cli.main("compare", argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"opd": _opd, "inspect": _inspect, "compare": _compare}
+def _plan(argv: list[str]) -> int:
+    from tip_kernels import costs
+
+    return costs.main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"opd": _opd, "inspect": _inspect, "compare": _compare, "plan": _plan}
 
 
 def main(argv: list[str] | None = None) -> int:

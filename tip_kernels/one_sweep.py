@@ -59,15 +59,27 @@ def layout(batch: Batch, need: tuple[bool, ...], n_rows: int, slots: int = 0) ->
 
     None where one sweep cannot do it: no head to differentiate, a teacher without logits, too small a workspace.
     """
-    student = batch.student
-    if not isinstance(student, HeadRows) or isinstance(batch.teacher, TopKRows) or not any(need):
+    student, teacher = batch.student, batch.teacher
+    if not isinstance(student, HeadRows) or isinstance(teacher, TopKRows) or not any(need):
         return None
-    fewest, most = ROWS.get(student.device.type, OTHER_ROWS)
-    tiles = min(batch.workspace // 4, TILES_MIB * 2**20)
-    left = batch.workspace - tiles - 4 * slots * (student.vocab + 3 * student.width)  # hidden rows, weighted, gradient
-    if slots == 0 and n_rows > most and need[1] and student.weight.dtype != torch.float32:
-        left -= 4 * student.weight.numel()  # a sum over blocks must not be rounded in between
-    rows = min(left // (8 * student.vocab + 12 * (student.width + batch.teacher.width)), most, max(n_rows, 1))
+    wide = need[1] and student.weight.dtype == torch.float32
+    widths = student.width, teacher.width
+    return divided(batch.workspace, n_rows, slots, student.vocab, widths, student.device.type, need[1] and not wide)
+
+
+def divided(
+    workspace: int, n_rows: int, slots: int, vocab: int, widths: tuple[int, int], device: str, narrow_weight: bool
+) -> Layout | None:
+    """A workspace of so many bytes divided among row blocks, stash and tiles, or None where the blocks get too short.
+
+    narrow_weight  d(weight) has 16 bits, so that a sum over several blocks needs an fp32 (V, H) beside it
+    """
+    fewest, most = ROWS.get(device, OTHER_ROWS)
+    tiles = min(workspace // 4, TILES_MIB * 2**20)
+    left = workspace - tiles - 4 * slots * (vocab + 3 * widths[0])  # hidden rows, weighted, gradient
+    if slots == 0 and n_rows > most and narrow_weight:
+        left -= 4 * vocab * widths[0]
+    rows = min(left // (8 * vocab + 12 * sum(widths)), most, max(n_rows, 1))
     return None if rows < min(fewest, max(n_rows, 1)) else Layout(rows, slots, tiles)
 
 
@@ -80,8 +92,12 @@ def stash_layout(batch: Batch, need: tuple[bool, ...], rule: Rule) -> Layout | N
     if not free or not isinstance(rule, QuotaRule) or not rule.needs or hasattr(rule, "generator"):
         return None
     n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
-    slots = min(n_rows, math.ceil(SLACK * rule.capacity(batch.n_rows, batch.n_rollouts)) + 1)
-    return layout(batch, need, n_rows, slots)
+    return layout(batch, need, n_rows, stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts)))
+
+
+def stash_slots(n_rows: int, capacity: int) -> int:
+    """How many of n_rows rows to stash for a quota of at most `capacity` in all."""
+    return min(n_rows, math.ceil(SLACK * capacity) + 1)
 
 
 def loosened(rule: QuotaRule) -> QuotaRule:

@@ -1,0 +1,210 @@
+"""What a distillation step costs before it is run: products, bytes, workspace and time of each strategy and each peer.
+
+A unit is one product of N rows by a head, 2 N H V operations. S = keep N rows are learned from.
+
+    two sweeps             measure all rows (1 + 1 units), project the kept ones again and make both gradients
+    one sweep              make the gradients while the logits are at hand
+    entropy rule           the teacher's head on kept rows only
+    dense, TRL, Liger      learn from all rows; masked rows cost the same
+    TRL twice              score all rows, then call again on the gathered ones
+
+Time is operations / rate + bytes / bandwidth. On a CPU both are measured on the spot, and how often a strategy touches an
+entry was fitted to `python -m bench step`, which prints these predictions beside its times. On a GPU the rates are
+70 % of the peak for products and 90 % for bytes, and the bytes are those that tiles of logits move; no GPU has checked
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tip_kernels.one_sweep import divided, stash_slots
+
+
+@dataclass(frozen=True)
+class Device:
+    """How fast a device multiplies and moves."""
+
+    name: str
+    flops: float  # a second, of large products
+    touch_s: float  # seconds to touch one fp32 entry of a tile at hand
+    fresh_s: float  # seconds to touch one entry of a matrix that was just allocated
+    kind: str = "cuda"
+
+
+def _gpu(name: str, peak_tflops: float, gbps: float) -> Device:
+    return Device(name, 0.7e12 * peak_tflops, 4 / (0.9e9 * gbps), 4 / (0.9e9 * gbps))
+
+
+GPUS = {  # dense bf16 peak and memory bandwidth, as the makers give them
+    "a100": _gpu("a100", 312, 2039),
+    "h100": _gpu("h100", 989, 3350),
+    "h200": _gpu("h200", 989, 4800),
+    "b200": _gpu("b200", 2250, 8000),
+    "mi300x": _gpu("mi300x", 1307, 5300),
+}
+
+
+def this_cpu(width: int, repeats: int = 15) -> Device:
+    """The CPU that runs this, on torch's present number of threads; takes a second."""
+    rows, columns = 256, 8192
+    a, b, out = torch.randn(rows, width), torch.randn(columns, width), torch.empty(rows, columns)
+    tile, matrix = torch.rand(256, 1024), torch.rand(1024, 8192)
+    product = _least(lambda: torch.mm(a, b.t(), out=out), repeats)
+    touch = _least(lambda: tile.mul_(1.0), 20 * repeats)
+    fresh = _least(lambda: matrix * 1.0, repeats)
+    return Device("cpu", 2 * rows * columns * width / product, touch / tile.numel(), fresh / matrix.numel(), kind="cpu")
+
+
+def _least(run: object, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@dataclass(frozen=True)
+class Touches:
+    """Entries touched per (row, token) pair: of tiles at hand, and of matrices just allocated."""
+
+    tile: float = 0.0
+    fresh: float = 0.0
+
+
+# On a CPU fitted to `python -m bench step`; on a GPU 4-byte words moved to and from memory.
+MEASURE = {"cpu": Touches(tile=68), "cuda": Touches(tile=4)}
+LEARN = {"cpu": Touches(tile=120), "cuda": Touches(tile=6)}
+DENSE = {"cpu": Touches(fresh=12), "cuda": Touches(tile=22)}
+TRL_FORWARD = {"cpu": Touches(fresh=13), "cuda": Touches(tile=4)}
+TRL_BACKWARD = {"cpu": Touches(fresh=22), "cuda": Touches(tile=14)}
+LIGER = {"cpu": Touches(fresh=4), "cuda": Touches(tile=18)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One strategy's price for one step."""
+
+    strategy: str
+    units: float  # of the student's head
+    tflop: float
+    touched_gib: float  # logits and gradients of logits, written and read
+    workspace_mib: float  # beyond inputs and gradients
+    predicted_ms: float
+
+
+def costs(
+    tokens: int,
+    vocab: int,
+    hidden_s: int,
+    hidden_t: int,
+    keep: float,
+    device: Device,
+    *,
+    workspace_mib: float = 256,
+    weight_bytes: int = 4,
+) -> list[Cost]:
+    """The price of each strategy and peer for a step on both models' hidden states, cheapest first.
+
+    tokens, vocab, hidden_s, hidden_t  N, V and both hidden widths
+    keep                               fraction of rows kept, in (0, 1]
+    device                             from GPUS, or this_cpu(hidden_s)
+    workspace_mib                      as `distill` takes it
+    weight_bytes                       of an entry of the student's head
+    """
+    n, rho = float(tokens), keep
+    kept, kind, workspace = max(1, int(keep * tokens)), device.kind, int(workspace_mib * 2**20)
+    matrix_mib = 4 * tokens * vocab / 2**20
+    student, teacher = 2.0 * hidden_s * vocab, 2.0 * hidden_t * vocab  # operations a row
+
+    def cost(name: str, by_student: float, by_teacher: float, touched: dict[Touches, float], mib: float) -> Cost:
+        """by_student and by_teacher are products over all N rows; touched gives the rows of each kind of touch."""
+        flops = n * (by_student * student + by_teacher * teacher)
+        tile = sum(t.tile * rows for t, rows in touched.items()) * vocab
+        fresh = sum(t.fresh * rows for t, rows in touched.items()) * vocab
+        seconds = flops / device.flops + tile * device.touch_s + fresh * device.fresh_s
+        units = flops / (n * student)
+        return Cost(name, units, flops / 1e12, 4 * (tile + fresh) / 2**30, mib, seconds * 1e3)
+
+    def ours(name: str, slots: int, rows: int, by_student: float, by_teacher: float, measured: float) -> Cost | None:
+        plan = divided(workspace, rows, slots, vocab, (hidden_s, hidden_t), kind, weight_bytes < 4)
+        if plan is None or (slots and kind != "cpu"):
+            return None
+        used = plan.tiles + 4 * plan.slots * vocab + 8 * plan.rows * vocab
+        touched = {MEASURE[kind]: measured, LEARN[kind]: float(kept)}
+        return cost(name, by_student, by_teacher, touched, min(used / 2**20, workspace_mib))
+
+    tiles = 4.0 if kind == "cpu" else min(workspace_mib, 512.0)
+    both = {MEASURE[kind]: n + rho * n, LEARN[kind]: float(kept)}
+    found = [
+        cost("two sweeps", 1 + 3 * rho, 1 + rho, {MEASURE[kind]: n, LEARN[kind]: float(kept)}, tiles),
+        cost("two sweeps, entropy rule", 1 + 4 * rho, 2 * rho, both, tiles),
+        ours("one sweep", stash_slots(tokens, kept), tokens, 1 + 2 * rho, 1, n),
+        ours("one sweep, entropy rule", stash_slots(tokens, kept), tokens, 1 + 2 * rho, rho, (1 + rho) / 2 * n),
+        ours("one sweep, rows known", 0, kept, 3 * rho, rho, float(kept)),
+        cost("dense autograd, all rows", 3, 1, {DENSE[kind]: n}, 4.5 * matrix_mib),
+        cost("TRL, all rows", 4, 2, {TRL_FORWARD[kind]: n, TRL_BACKWARD[kind]: n}, min(11 * matrix_mib, 1400)),
+        cost(
+            "TRL twice",
+            1 + 4 * rho,
+            1 + 2 * rho,
+            {TRL_FORWARD[kind]: n + kept, TRL_BACKWARD[kind]: float(kept)},
+            min(7.5 * matrix_mib, 1400),
+        ),
+        cost("Liger, all rows", 3, 1, {LIGER[kind]: n}, 3 * 4 * 256 * vocab / 2**20),
+    ]
+    return sorted((c for c in found if c is not None), key=lambda c: c.predicted_ms)
+
+
+def main(argv: list[str]) -> int:
+    """`tip-kernels plan`: prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="tip-kernels plan", description="what a distillation step costs, by strategy and peer, before it is run"
+    )
+    parser.add_argument("--tokens", type=int, required=True, help="rows N of a step, all rollouts together")
+    parser.add_argument("--vocab", type=int, required=True, help="vocabulary V")
+    parser.add_argument("--hidden-s", type=int, required=True, help="hidden width of the student")
+    parser.add_argument("--hidden-t", type=int, required=True, help="hidden width of the teacher")
+    parser.add_argument("--keep", type=float, default=0.2, help="fraction of tokens kept, in (0, 1]; 0.2")
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="a GPU's published rates; without it this CPU is measured")
+    parser.add_argument("--workspace-mib", type=float, default=256)
+    args = parser.parse_args(argv)
+    for name in ("tokens", "vocab", "hidden_s", "hidden_t"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if not 0 < args.keep <= 1:
+        parser.error(f"argument --keep: expected a fraction in (0, 1], got {args.keep}")
+    if not 1 <= args.workspace_mib < float("inf"):
+        parser.error(f"argument --workspace-mib: expected a number of MiB, at least 1, got {args.workspace_mib}")
+    device = GPUS[args.gpu] if args.gpu else this_cpu(args.hidden_s)
+    table = costs(
+        args.tokens,
+        args.vocab,
+        args.hidden_s,
+        args.hidden_t,
+        args.keep,
+        device,
+        workspace_mib=args.workspace_mib,
+        weight_bytes=2 if args.gpu else 4,
+    )
+    print(
+        f"N={args.tokens} V={args.vocab} H={args.hidden_s}/{args.hidden_t} keep={args.keep:g} on {device.name}: "
+        f"{device.flops / 1e12:.3g} TFLOP/s of products"
+    )
+    print(f"{'strategy':<26} {'units':>6} {'TFLOP':>9} {'logits moved':>13} {'workspace':>11} {'predicted':>11}")
+    for c in table:
+        print(
+            f"{c.strategy:<26} {c.units:>6.2f} {c.tflop:>9.3f} {c.touched_gib:>9.2f} GiB {c.workspace_mib:>7.0f} MiB "
+            f"{c.predicted_ms:>8.1f} ms"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
