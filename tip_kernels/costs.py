@@ -8,8 +8,8 @@ A unit is one product of N rows by a head, 2 N H V operations. S = keep N rows a
     dense, TRL, Liger      learn from all rows; masked rows cost the same
     TRL twice              score all rows, then call again on the gathered ones
 
-Time is operations / rate + bytes / bandwidth. On a CPU both are measured on the spot, and how often a strategy touches an
-entry was fitted to `python -m bench step`, which prints these predictions beside its times. On a GPU the rates are
+Time is operations / rate + bytes / bandwidth. On a CPU both are measured on the spot, and how often a strategy touches
+an entry was fitted to `python -m bench step`, which prints these predictions beside its times. On a GPU the rates are
 70 % of the peak for products and 90 % for bytes, and the bytes are those that tiles of logits move; no GPU has checked
 them.
 """
