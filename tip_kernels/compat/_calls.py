@@ -1,0 +1,33 @@
+"""What the swapped calls share: heads from whatever a trainer hands over, and a loss on the rows that count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tip_kernels as tip
+from tip_kernels._checks import expect, finite_number
+
+
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> tip.Head:
+    """A Head. A weight that is sharded (a DTensor) is gathered, and taken in the hidden states' dtype."""
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (weight, bias))
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight = weight.to(hidden.dtype)
+    return tip.Head(hidden, weight, bias, scale=scale, softcap=softcap)
+
+
+def jsd(name: str, beta: float) -> tip.JSD:
+    """The divergence that TRL and Liger call beta: 0 is KL(teacher || student), 1 KL(student || teacher)."""
+    expect(0 <= finite_number(name, beta) <= 1, name, "a number in [0, 1]", beta)
+    return tip.JSD(float(beta))
+
+
+def counted(mask: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
+    """The mask on the CPU, where distill leaves its rows out of every sweep, and its count of rows. Synchronises."""
+    if mask is None:
+        return None, n_rows
+    mask = mask.cpu()
+    return mask, int(mask.sum())

@@ -1,0 +1,113 @@
+"""TRL's divergence functions, by this package.
+
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction      # before
+    from tip_kernels.compat.trl import ChunkedDivergenceFunction              # after
+
+Argument names, their order, defaults and meanings are TRL's (1.16); `beta` is 0 for KL(teacher || student), 1 for
+KL(student || teacher), between them the generalised Jensen-Shannon divergence. What differs:
+
+- Rows that do not count are left out of every projection where a mask says so, and rows whose upstream gradient is 0
+  out of the backward, on any device.
+- Banned tokens (-inf) that both models ban are no NaN.
+- Under ZeRO-3, TRL's own function gathers the head itself; here the caller does (`tip_kernels.hooks.trl` does both).
+  An ungathered weight is refused for its shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tip_kernels as tip
+from tip_kernels._checks import expect, finite_number
+from tip_kernels.compat._calls import counted, head, jsd
+
+IGNORED = -100
+
+
+class ChunkedDivergenceFunction:
+    """`apply` gives the divergence of each row, differentiable in the student, and the student's entropy."""
+
+    @staticmethod
+    def apply(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence and the student's entropy of every row, both (N,) fp32 in nats, without their (N, V) logits.
+
+        student_hidden, teacher_hidden    (N, H) and (N, H')
+        student_weight, teacher_weight    (V, H) and (V, H'); student_bias, teacher_bias (V,) or None
+        beta                              in [0, 1], as above
+        temperature                       above 0, divides both models' logits after scale and softcap
+        ..._logit_scale, ..._softcapping  z = softcap tanh(scale z / softcap)
+
+        The entropy has no gradient. A row whose divergence is infinite keeps it. Does not synchronise in the forward.
+        Raises ValueError naming the argument. After TRL's ChunkedDivergenceFunction.
+        """
+        student = head(
+            student_hidden, student_weight, student_bias, student_logit_scale, student_final_logit_softcapping
+        )
+        teacher = head(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping
+        )
+        stats = tip.token_stats(student, teacher, temperature=temperature)
+        rows = tip.divergence_loss(student, teacher, divergence=jsd("beta", beta), stats=stats, temperature=temperature)
+        return rows, stats.entropy_s
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """GKD's loss on whole logits, without their softmaxes and mixtures: for GKDTrainer.generalized_jsd_loss.
+
+        GKDTrainer.generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+
+    student_logits, teacher_logits  (B, T, V) or (N, V), already shifted
+    labels                          int64 (B, T) or (N,); rows with -100 are left out. None: every row counts
+    beta, temperature               as above; the temperature divides both models' logits
+    reduction                       "batchmean": over the rows that count (without labels: over B), "sum", or "mean":
+                                    over rows times V, as torch.mean of the elements is
+    num_items_in_batch              what the sum is divided by, in place of `reduction`
+
+    Returns a () fp32 loss; TRL's comes in the logits' dtype. Nothing to count gives a 0 that is connected to the graph.
+    A row whose divergence is infinite is left out of the sum with a warning. reduction="none" is refused: its result
+    is the (N, V) matrix that this avoids. Synchronises where labels are on a GPU.
+
+    Raises ValueError naming the argument. After TRL's GKDTrainer.generalized_jsd_loss.
+    """
+    known = reduction in ("batchmean", "sum", "mean")
+    expect(known, "reduction", "'batchmean', 'sum' or 'mean' ('none' is a whole (N, V) matrix)", reduction)
+    finite_number("temperature", temperature, positive=True)
+    mask, count = counted(None if labels is None else labels != IGNORED, student_logits.shape[:-1].numel())
+    total = tip.distill(
+        student_logits,
+        teacher_logits,
+        select=tip.KeepAll(),
+        divergence=jsd("beta", beta),
+        row_mask=mask,
+        temperature=temperature,
+        normalizer=1,
+    ).loss
+    if num_items_in_batch is not None:
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / max(count * student_logits.shape[-1], 1)
+    return total / max(count if labels is not None else student_logits.shape[0], 1)

@@ -1,0 +1,415 @@
+"""TRL's DistillationTrainer, learning from the tokens that a rule keeps.
+
+    from trl import DistillationConfig, DistillationTrainer                              # before
+    from tip_kernels.hooks.trl import TIPDistillationConfig, TIPDistillationTrainer      # after
+
+Generation, wrappers (DDP, FSDP, ZeRO, PEFT), logit scales and images stay TRL's: the stock `_compute_loss` runs with
+another divergence function. Selection is per micro-batch and rank; quotas are per rollout.
+
+The loss of an optimizer step is the sum over the kept tokens of all its micro-batches and ranks, divided by how many
+those are. A quota rule's count follows from the masks, which are known for the whole step before its first forward, so
+`num_items_in_batch` becomes that count. Where the data decide (overconfident, threshold, a row whose divergence is NaN
+or infinite), micro-batches are divided by the count known beforehand, and when the last backward of the step is done,
+before clipping, gradients and reported loss are multiplied by (that count) / (tokens kept). DeepSpeed steps inside
+backward, so there rules whose count is unknown are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+import tip_kernels as tip
+from tip_kernels import names
+from tip_kernels.compat._calls import head, jsd
+from tip_kernels.select import QuotaRule
+from tip_kernels.stats import TokenStats
+
+RULES = (*names.RULES, "threshold", "adakd")
+LOSS_CALL = "_chunked_divergence_loss"  # what the stock _compute_loss calls, and what is put in its place
+FOCUS = "AdaptiveFocus"  # its key in the trainer's state, and so in every checkpoint
+LABELS = {"logp_s", "logp_t"}
+
+
+def _setting(default: Any, text: str, **argparse_options: Any) -> Any:
+    return field(default=default, metadata={"help": text, **argparse_options})
+
+
+@dataclass
+class TIPDistillationConfig(DistillationConfig):
+    """DistillationConfig with what is kept and how it is weighed; every field has its help text.
+
+    `temperature` and `beta` keep TRL's meaning. With tip_rule "all" and nothing else set, training is the stock
+    trainer's. Raises ValueError naming the field.
+    """
+
+    tip_rule: str = _setting(
+        "soft_or",
+        "Which tokens the student learns from: all; soft_or (uncertain or divergent), entropy, divergence, hellinger: "
+        "the largest of that; overconfident: low entropy, high divergence; sample_entropy, random: drawn; threshold: "
+        "by tip_threshold_*; adakd: the share kept falls with the loss, the hardest first, each with a temperature of "
+        "its own.",
+        choices=RULES,
+    )
+    # Read from the command line as text: a fraction and a whole number mean different things.
+    tip_keep: float | str | None = _setting(
+        0.2,
+        "How much is kept: a fraction of each rollout's tokens (0.2; 1.0 is all), or a number of tokens (64). Not read "
+        "by all, threshold and adakd.",
+    )
+    tip_scope: str = _setting(
+        "rollout",
+        "What tip_keep is a share of: each rollout, or the batch (one device's micro-batch).",
+        choices=("rollout", "batch"),
+    )
+    tip_divergence: str | None = _setting(
+        None,
+        f"The loss on a kept token: {', '.join(names.DIVERGENCES)}; with parameters as in jsd:0.1. Default: as beta "
+        "says.",
+    )
+    tip_entropy_below: float | str | None = _setting(
+        0.3, "overconfident: entropies below this are low, in nats, or quantile:0.5 of the batch's tokens."
+    )
+    tip_divergence_above: float | str | None = _setting(
+        0.1, "overconfident: KL(teacher || student) above this is high, in nats, or quantile:0.9."
+    )
+    tip_threshold_by: str = _setting(
+        "kl_rev", "threshold: the statistic: kl_rev, kl_fwd, hellinger_sq, entropy_s, entropy_t."
+    )
+    tip_threshold_above: float | str | None = _setting(
+        None, "threshold: keeps tokens above this, in nats, or quantile:0.9."
+    )
+    tip_threshold_below: float | str | None = _setting(
+        None, "threshold: keeps tokens below this, in nats, or quantile:0.9."
+    )
+    tip_adakd_strength: float = _setting(0.5, "adakd: how far temperatures spread; 0 leaves them at temperature.")
+    tip_adakd_beta: float = _setting(0.99, "adakd: how much of the average loss stays at each optimizer step.")
+    tip_adakd_tolerance: float = _setting(0.05, "adakd: how far the average loss may drift before the share moves.")
+    tip_adakd_step: float = _setting(0.05, "adakd: by how much the share moves.")
+    tip_adakd_floor: float = _setting(0.1, "adakd: the smallest share.")
+    tip_adakd_warmup: int = _setting(
+        0, "adakd: optimizer steps before the share moves; 5 percent of the run in the paper."
+    )
+    tip_quadrants: bool = _setting(
+        True,
+        "Log tip/q1_frac to tip/q4_frac. They need the teacher's statistics of every token, which entropy and "
+        "sample_entropy can otherwise leave out.",
+    )
+    tip_workspace_mib: float = _setting(256.0, "MiB that the loss may use for tiles of logits.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tip_divergence is not None and self.beta != 1.0:
+            raise ValueError(
+                f"beta: expected its default 1.0 beside tip_divergence={self.tip_divergence!r}, which takes its place, "
+                f"got {self.beta!r}"
+            )
+        self.make_focus(), self.make_divergence()
+        self.make_rule(1.0)
+
+    def make_rule(self, adakd_keep: float) -> tip.Rule:
+        """The rule of one optimizer step; `adakd_keep` is AdaKD's share of it."""
+        if self.tip_scope not in ("rollout", "batch"):
+            raise ValueError(f"tip_scope: expected 'rollout' or 'batch', got {self.tip_scope!r}")
+        if self.tip_rule == "adakd":
+            return tip.TopHellinger(adakd_keep, scope=self.tip_scope)
+        if self.tip_rule == "threshold":
+            cuts = [self._read(f"tip_threshold_{side}", names.cut_of, optional=True) for side in ("above", "below")]
+            if cuts == [None, None]:
+                raise ValueError("tip_threshold_above: expected a bound here or in tip_threshold_below, got None")
+            return self._made("tip_threshold_by", partial(tip.Threshold, self.tip_threshold_by, *cuts))
+        if self.tip_rule not in names.RULES:
+            raise ValueError(f"tip_rule: expected one of {', '.join(RULES)}, got {self.tip_rule!r}")
+        rule = names.RULES[self.tip_rule](self._read("tip_keep", names.keep_of), None)
+        if isinstance(rule, tip.Overconfident):
+            low, high = (self._read(name, names.cut_of) for name in ("tip_entropy_below", "tip_divergence_above"))
+            rule = replace(rule, entropy_below=low, divergence_above=high)
+        return replace(rule, scope=self.tip_scope) if isinstance(rule, QuotaRule) else rule
+
+    def make_divergence(self) -> tip.Divergence:
+        """The loss on a kept token."""
+        if self.tip_divergence is None:
+            return jsd("beta", self.beta)
+        return self._read("tip_divergence", names.divergence_of)
+
+    def make_focus(self) -> tip.AdaptiveFocus | None:
+        """AdaKD's share of kept tokens, or None without it."""
+        if self.tip_rule != "adakd":
+            return None
+        settings = ("beta", "tolerance", "step", "floor", "warmup")
+        return self._made(
+            "tip_adakd_*", partial(tip.AdaptiveFocus, **{name: getattr(self, f"tip_adakd_{name}") for name in settings})
+        )
+
+    def _read(self, name: str, reader: Any, *, optional: bool = False) -> Any:
+        value = getattr(self, name)
+        return None if optional and value is None else self._made(name, partial(reader, value))
+
+    def _made(self, name: str, make: Any) -> Any:
+        try:
+            return make()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+class TIPDistillationTrainer(DistillationTrainer):
+    """DistillationTrainer with the loss on the tokens that `args.tip_rule` keeps.
+
+    Takes the stock trainer's arguments; `args` is a TIPDistillationConfig. Evaluation is over every token, so that runs
+    with different rules can be compared. Beside TRL's metrics, each averaged over the steps between two logs:
+
+        tip/kept_frac           kept tokens / trainable tokens, of all micro-batches and ranks
+        tip/q1_frac ... q4_frac the quadrants' shares of the trainable tokens
+        tip/divergence_kept     mean loss of a kept token; nothing where no token was kept
+        tip/grad_norm           before clipping
+        tip/keep                AdaKD's share
+
+    An optimizer step for which no token was kept changes nothing (under fp16, what the optimizer makes of zeros).
+    Subclasses may override `make_rule` to return any rule. Raises ValueError naming the argument.
+    """
+
+    _tag_names: list[str] = [*DistillationTrainer._tag_names, "tip"]  # noqa: RUF012  (TRL reads a list)
+
+    def __init__(
+        self, model: Any, teacher_model: Any = None, args: TIPDistillationConfig | None = None, *rest, **named
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = TIPDistillationConfig(f"{name.split('/')[-1]}-Distillation")
+        if not isinstance(args, TIPDistillationConfig):
+            raise ValueError(f"args: expected a TIPDistillationConfig, got {type(args).__name__}")
+        if LOSS_CALL not in DistillationTrainer._compute_loss.__code__.co_names:
+            raise RuntimeError(
+                f"tip_kernels.hooks.trl is for TRL 1.16, whose trainer calls {LOSS_CALL}; this one does not"
+            )
+        self.focus = args.make_focus()
+        self._divergence = args.make_divergence()
+        self._select: tip.Rule | None = None  # of the current optimizer step
+        self._sums: list[Tensor] = []  # of its micro-batches, on the device
+        self._losses: list[Tensor] = []
+        super().__init__(model, teacher_model, args, *rest, **named)
+        if self.is_deepspeed_enabled and not count_is_known(self.make_rule()):
+            raise ValueError(
+                f"tip_rule: expected a rule whose count is known beforehand, since DeepSpeed steps inside backward, "
+                f"got {args.tip_rule!r}"
+            )
+
+    def make_rule(self) -> tip.Rule:
+        """The rule of the next optimizer step."""
+        return self.args.make_rule(self.focus.keep if self.focus else 1.0)
+
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not buffered:  # the micro-batches of a new optimizer step
+            if self.focus and self.focus.state_dict()["seen"] == 0 and FOCUS in self.state.stateful_callbacks:
+                self.focus.load_state_dict(self.state.stateful_callbacks[FOCUS])
+            self._select = self.make_rule()
+            if count_is_known(self._select):
+                masks = [_loss_mask(batch) for batch in self._buffered_inputs]
+                count = torch.stack([count_kept(self._select, mask) for mask in masks]).sum()
+                count = self.accelerator.gather(count).sum()
+                for batch in self._buffered_inputs:
+                    batch["num_items_in_batch"] = count
+        return inputs
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        # The stock method as it is, but for the one name: whatever it knows of models is TRL's to keep up with.
+        stock = DistillationTrainer._compute_loss
+        scope = {**stock.__globals__, LOSS_CALL: partial(self._kept_loss, inputs)}
+        compute = FunctionType(stock.__code__, scope, stock.__name__, stock.__defaults__, stock.__closure__)
+        return compute(self, unwrapped_student, inputs, num_items_in_batch)
+
+    def _kept_loss(
+        self,
+        inputs: dict[str, Any],
+        student_hidden_states: Tensor,
+        teacher_hidden_states: Tensor,
+        student_lm_head_weight: Tensor,
+        teacher_lm_head_weight: Tensor,
+        completion_mask: Tensor,
+        beta: float,
+        num_items_in_batch: Tensor | float | None = None,
+        student_lm_head_bias: Tensor | None = None,
+        teacher_lm_head_bias: Tensor | None = None,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_final_logit_softcapping: float | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In place of TRL's function: the loss, the sum of entropies, how many tokens are trainable."""
+        mask = completion_mask != 0
+
+        def learn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            student = head(hidden, weight, bias, student_logit_scale, student_final_logit_softcapping)
+            teacher = head(
+                teacher_hidden_states,
+                teacher_lm_head_weight,
+                teacher_lm_head_bias,
+                teacher_logit_scale,
+                teacher_final_logit_softcapping,
+            )
+            return self._learn(student, teacher, mask, inputs["completion_ids"], temperature)
+
+        leaves = student_hidden_states, student_lm_head_weight, student_lm_head_bias
+        at_once = torch.is_grad_enabled() and is_deepspeed_zero3_enabled()
+        with (
+            maybe_gather_lm_head_ctx(student_lm_head_weight, student_lm_head_bias),
+            maybe_gather_lm_head_ctx(teacher_lm_head_weight, teacher_lm_head_bias),
+        ):
+            total, sums = _AtOnce.apply(learn, *leaves) if at_once else learn(*leaves)
+        count_trainable, count_kept = sums[:2]
+        self._sums.append(sums[:7])
+        entropy_sum = sums[7]
+        if num_items_in_batch is None:
+            num_items_in_batch = count_kept.clamp(min=1)
+        return (total / num_items_in_batch).float(), entropy_sum, count_trainable.long()
+
+    def _learn(
+        self, student: tip.Head, teacher: tip.Head, mask: Tensor, token_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the kept tokens' losses, with its gradient, and (8,) float64 sums over the trainable tokens: one
+        each, kept, that loss, the four quadrants, the student's entropy."""
+        rows = mask.cpu()  # there, rows that are masked are left out of every sweep
+        choice = {"select": self._select, "row_mask": rows, "temperature": temperature}
+        if not self.model.training:
+            choice["select"] = tip.KeepAll()
+        elif self.focus:
+            choice = tip.adakd(
+                self.focus,
+                row_mask=rows,
+                strength=self.args.tip_adakd_strength,
+                base=temperature,
+                scope=self.args.tip_scope,
+            )
+        quadrants = self.args.tip_quadrants
+        measured = choice["select"].needs
+        out = tip.distill(
+            student,
+            teacher,
+            **choice | {"normalizer": 1},
+            divergence=self._divergence,
+            labels=token_ids.to(mask.device).masked_fill(~mask, -100) if self._divergence.needs & LABELS else None,
+            workspace_mib=self.args.tip_workspace_mib,
+            full_stats=not measured >= ({"entropy_s", "kl_rev"} if quadrants else {"entropy_s"}),
+        )
+        with torch.no_grad():
+            flat = mask.flatten()
+            kept = out.plan.kept_rows - out.plan.dropped_rows
+            quadrant = tip.quadrants(out.stats, row_mask=mask) if quadrants else torch.zeros_like(flat)
+            shares = [(quadrant == i).sum() for i in (1, 2, 3, 4)]
+            entropies = torch.where(flat, out.stats.entropy_s, 0.0).sum()
+            sums = [flat.sum(), kept, out.loss.detach(), *shares, entropies]
+            return out.loss, torch.stack([value.double() for value in sums])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        reported = torch.stack(self._losses).sum()
+        factor = self._finish_step(model)
+        self._losses = []
+        return loss + (factor - 1) * reported
+
+    def _finish_step(self, model: torch.nn.Module) -> float:
+        """Makes the gradients those of the mean over the tokens kept in this step, and returns what that took."""
+        _, kept, total = self._log_sums("train")[:3]
+        divided_by = max(float(self._buffered_inputs[0]["num_items_in_batch"]), 1.0)
+        if self.focus and kept:
+            self.focus.update(total / kept)
+            self.state.stateful_callbacks[FOCUS] = self.focus.state_dict()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has stepped already
+            return 1.0
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        if not kept and self.accelerator.scaler is None:  # a scaler demands gradients
+            for weight in weights:
+                weight.grad = None  # a gradient of 0 would still let momentum and weight decay move the weight
+        if not kept or kept == divided_by:
+            return 1.0
+        for weight in weights:
+            weight.grad.mul_(divided_by / kept)
+        return divided_by / kept
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            self._log_sums("eval")
+        return result
+
+    def _log_sums(self, mode: str) -> list[float]:
+        """Logs what the micro-batches of a step summed up over all ranks, and returns it. Synchronises."""
+        sums = torch.stack(self._sums).sum(0)
+        self._sums = []
+        sums = self.accelerator.reduce(sums, "sum").tolist()
+        trainable, kept, total, *quadrants = sums
+        metrics = {"kept_frac": kept / max(trainable, 1)}
+        if self.args.tip_quadrants:
+            metrics |= {f"q{i}_frac": count / max(trainable, 1) for i, count in enumerate(quadrants, start=1)}
+        if kept:
+            metrics["divergence_kept"] = total / kept
+        if self.focus and mode == "train":
+            metrics["keep"] = self.focus.keep
+        for name, value in metrics.items():
+            self._metrics[mode][f"tip/{name}"].append(value)
+        return sums
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self._metrics["train"]["tip/grad_norm"].append(float(norm))
+        return norm
+
+
+def count_is_known(rule: tip.Rule) -> bool:
+    """Whether masks alone say how many rows the rule keeps, NaN rows aside."""
+    fills_its_quota = isinstance(rule, QuotaRule) and type(rule)._eligible is QuotaRule._eligible
+    return fills_its_quota or isinstance(rule, tip.KeepAll)
+
+
+def count_kept(rule: tip.Rule, mask: Tensor) -> Tensor:
+    """() int64: how many rows of a (B, T) mask such a rule keeps."""
+    if isinstance(rule, tip.KeepAll):
+        return mask.sum()
+    same_quota = tip.TopEntropy(rule.keep, scope=rule.scope, min_rows=rule.min_rows)
+    level = TokenStats(entropy_s=torch.zeros(mask.numel(), device=mask.device), _batch_shape=tuple(mask.shape))
+    return same_quota(level, mask).mask.sum()
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, T) bool, True for the tokens that TRL trains on."""
+    mask = inputs["completion_mask"] != 0
+    return mask & (inputs["tool_mask"] != 0) if "tool_mask" in inputs else mask
+
+
+class _AtOnce(torch.autograd.Function):
+    """A loss whose gradient is taken in the forward, where ZeRO-3 has the heads gathered; in backward they are not."""
+
+    @staticmethod
+    def forward(ctx, learn, *leaves: Tensor | None):
+        needed = ctx.needs_input_grad[1:]
+        own = [
+            leaf if leaf is None else leaf.detach().requires_grad_(need)
+            for leaf, need in zip(leaves, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            total, sums = learn(*own)
+        wanted = [leaf for leaf, need in zip(own, needed, strict=True) if need]
+        ctx.save_for_backward(*(torch.autograd.grad(total, wanted) if wanted else ()))
+        ctx.mark_non_differentiable(sums)
+        return total.detach(), sums
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        grads = iter(ctx.saved_tensors)
+        return None, *(next(grads) * upstream if need else None for need in ctx.needs_input_grad[1:])
