@@ -1,0 +1,598 @@
+"""TIPDistillationTrainer beside the stock trainer, and beside a dense float64 optimizer step.
+
+Rollouts are written beforehand; `python -m bench trl` samples them. Run as a script by torchrun, this file takes one
+optimizer step on two ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("transformers")
+
+import transformers
+from datasets import Dataset
+from trl import DistillationConfig, DistillationTrainer, TrlParser
+
+import tip_kernels as tip
+from tip_kernels.hooks import trl as hook
+from tip_kernels.hooks.trl import TIPDistillationConfig, TIPDistillationTrainer
+from tip_kernels.opd.settings import PACKAGED
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file has no package around it
+from tests._trl import SGD, TOKENIZER, load, made, rollouts_of, stubborn, trained, weights_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def step_of(trainer, before):
+    """One vector: how far a step of SGD at rate 1 moved the weights, which is the gradient."""
+    after = weights_of(trainer)
+    return torch.cat([(before[name] - after[name]).flatten() for name in before])
+
+
+# ---- the stock trainer's training, where every token is kept ----
+
+
+@pytest.mark.parametrize("teacher", ["packaged", "stubborn"])
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
+def test_rule_all_has_the_stock_trainers_losses_and_weights_over_20_steps(tmp_path, teacher, beta):
+    settings = {"max_steps": 20, "prompts": 16, "beta": beta} | SGD | {"learning_rate": 0.01, "max_grad_norm": 1.0}
+    runs = []
+    for kind, rule in ((DistillationTrainer, {}), (TIPDistillationTrainer, {"tip_rule": "all"})):
+        model = stubborn() if teacher == "stubborn" else load("teacher")
+        runs.append(trained(tmp_path, kind, teacher=model, **settings, **rule))
+    (stock, stock_rows), (ours, our_rows) = runs
+    assert len(our_rows) == 20 and our_rows[-1]["loss"] != our_rows[0]["loss"]
+    for a, b in zip(stock_rows, our_rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5, abs=2e-7)  # rows: lse of 15 nats in fp32
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["entropy"] == pytest.approx(a["entropy"], rel=1e-5)
+    start = torch.cat([w.detach().double().flatten() for w in load("student").parameters()])
+    ends = [torch.cat([w.flatten() for w in weights_of(run).values()]) for run in (stock, ours)]
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * (ends[0] - start).norm()
+
+
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 15,
+    "bos_token_id": None,
+}
+HEADS = {  # what stands between a head's product and the logits
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.4},
+    "granite": {"logits_scaling": 2.5},
+    "phi": {},  # a bias
+}
+
+
+def tiny(name, seed):
+    config = transformers.AutoConfig.for_model(name, **(SIZES | HEADS[name]))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.5)
+    return model
+
+
+def micro_batch(tool_mask=True):
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[1, 6:], mask[2, 9:] = 0, 0
+    inputs = {
+        "prompt_ids": torch.randint(1, 24, (3, 4), generator=generator),
+        "prompt_mask": torch.ones(3, 4, dtype=torch.int64),
+        "completion_ids": torch.randint(1, 24, (3, 11), generator=generator).masked_fill(mask == 0, 0),
+        "completion_mask": mask,
+    }
+    if tool_mask:
+        inputs["tool_mask"] = torch.ones_like(mask)
+        inputs["tool_mask"][0, 3:7] = 0
+    return inputs
+
+
+def loss_call(trainer, inputs, num_items=7.0):
+    """The loss call's results, and the gradient."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    if isinstance(trainer, TIPDistillationTrainer):
+        trainer._select = trainer.make_rule()
+    loss, entropy_sum, n_valid = trainer._compute_loss(trainer.model, inputs, num_items)
+    loss.backward()
+    gradient = torch.cat([w.grad.flatten() for w in trainer.model.parameters() if w.grad is not None])
+    return loss.item(), entropy_sum.item(), int(n_valid), gradient
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_loss_call_honours_scale_softcap_bias_temperature_and_tool_mask(tmp_path, name):
+    results = []
+    for kind, rule in ((DistillationTrainer, {}), (TIPDistillationTrainer, {"tip_rule": "all"})):
+        trainer = made(tmp_path, kind, student=tiny(name, 0), teacher=tiny(name, 1), temperature=0.7, **rule)
+        results.append(loss_call(trainer, micro_batch()))
+    stock, ours = results
+    assert ours[2] == stock[2] == 11 - 4 + 6 + 9
+    assert ours[:2] == pytest.approx(stock[:2], rel=1e-5)
+    assert (ours[3] - stock[3]).norm() <= 2e-5 * stock[3].norm()
+
+
+@pytest.mark.parametrize("rule", hook.RULES)
+@pytest.mark.parametrize("quadrants", [True, False])
+def test_entropy_sum_and_n_valid_are_the_stock_ones_under_every_rule(tmp_path, rule, quadrants):
+    models = {"student": tiny("llama", 0), "teacher": tiny("llama", 1)}
+    _, entropy_sum, n_valid, _ = loss_call(made(tmp_path, DistillationTrainer, **models), micro_batch())
+    trainer = made(tmp_path, tip_rule=rule, tip_keep=0.3, tip_threshold_above=2.0, tip_quadrants=quadrants, **models)
+    ours = loss_call(trainer, micro_batch())
+    assert ours[1] == pytest.approx(entropy_sum, rel=1e-5)
+    assert ours[2] == n_valid
+    assert 0 < trainer._sums[0][1] < n_valid or rule in ("all", "adakd", "overconfident")
+
+
+def test_tokens_of_tools_are_never_kept(tmp_path):
+    inputs = micro_batch()
+    models = {"student": tiny("llama", 0), "teacher": tiny("llama", 1)}
+    whole = made(tmp_path, tip_rule="divergence", tip_keep=1.0, **models)
+    by_hand = made(tmp_path, tip_rule="all", **models)
+    for trainer in (whole, by_hand):
+        loss_call(trainer, inputs)
+    assert torch.equal(whole._sums[0][:2], torch.tensor([22.0, 22.0], dtype=torch.float64))
+    torch.testing.assert_close(whole._sums[0], by_hand._sums[0])
+
+
+def test_lora_trains_its_adapters_alone_and_as_the_stock_trainer_does(tmp_path):
+    peft = pytest.importorskip("peft")
+    ends = []
+    for kind, rule in ((DistillationTrainer, {}), (TIPDistillationTrainer, {"tip_rule": "all"})):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        trainer, _ = trained(tmp_path, kind, peft_config=config, max_steps=3, **SGD, **rule)
+        assert not trainer.model.get_output_embeddings().weight.requires_grad
+        ends.append({n: w for n, w in weights_of(trainer).items() if "lora_B" in n})
+    assert ends[0] and all(w.norm() > 0 for w in ends[0].values())
+    for name, weight in ends[0].items():
+        assert (ends[1][name] - weight).norm() <= 1e-4 * weight.norm()
+
+
+def test_bfloat16_autocast_stays_as_near_to_float32_as_the_stock_trainer(tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        for kind, rule in ((DistillationTrainer, {}), (TIPDistillationTrainer, {"tip_rule": "all"})):
+            losses[kind, bf16] = trained(tmp_path, kind, bf16=bf16, **SGD, **rule)[1][0]["loss"]
+    exact = losses[DistillationTrainer, False]
+    allowed = 2 * abs(losses[DistillationTrainer, True] - exact) + 1e-5
+    assert abs(losses[TIPDistillationTrainer, True] - exact) <= allowed
+
+
+# ---- selection: the step is the mean over every kept token of every micro-batch ----
+
+
+def dense_step(trainer, batches, chosen):
+    """The gradient and loss of sum over kept tokens / their count, in float64, from whole logits."""
+    student, teacher = (copy.deepcopy(model).double() for model in (load("student"), load("teacher")))
+    total, count = 0.0, 0
+    for batch in batches:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        width = batch["completion_ids"].shape[1]
+        log_s, log_t = (
+            model(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1].log_softmax(-1)
+            for model in (student, teacher)
+        )
+        kl_rev = (log_s.exp() * (log_s - log_t)).sum(-1)
+        entropy = -(log_s.exp() * log_s).sum(-1)
+        kl_fwd = (log_t.exp() * (log_t - log_s)).sum(-1)
+        kept = chosen(batch["completion_mask"] != 0, kl_rev.detach(), kl_fwd.detach(), entropy.detach())
+        total, count = total + kl_rev[kept].sum(), count + int(kept.sum())
+    loss = total / max(count, 1)
+    loss.backward()
+    return loss.item(), count, torch.cat([w.grad.flatten() for w in student.parameters()])
+
+
+def largest(mask, kl_rev, kl_fwd, entropy):
+    kept = torch.zeros_like(mask)
+    for row in range(len(mask)):
+        quota = max(1, int(0.3 * int(mask[row].sum()) + 1e-6))
+        kept[row, kl_rev[row].masked_fill(~mask[row], -1).topk(quota).indices] = True
+    return kept
+
+
+CHOICES = {
+    "quota": ({"tip_rule": "divergence", "tip_keep": 0.3}, largest),
+    "threshold": (
+        {"tip_rule": "threshold", "tip_threshold_above": 0.05},
+        lambda mask, kl_rev, kl_fwd, entropy: mask & (kl_rev > 0.05),
+    ),
+    "overconfident": (
+        {"tip_rule": "overconfident", "tip_keep": 1.0, "tip_entropy_below": 0.4, "tip_divergence_above": 0.02},
+        lambda mask, kl_rev, kl_fwd, entropy: mask & (entropy < 0.4) & (kl_fwd > 0.02),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_accumulated_step_is_the_mean_over_all_kept_tokens(tmp_path, case):
+    settings, chosen = CHOICES[case]
+    trainer = made(tmp_path, gradient_accumulation_steps=4, **SGD, **settings)
+    before = weights_of(trainer)
+    trainer.train()
+    batches = trainer._buffered_inputs
+    loss, count, gradient = dense_step(trainer, batches, chosen)
+    counts = [int(b["completion_mask"].sum()) for b in batches]
+    assert len(set(counts)) > 1 and 0 < count < 0.6 * sum(counts)
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["tip/divergence_kept"] == pytest.approx(loss, rel=1e-5)
+    assert row["tip/kept_frac"] == pytest.approx(count / sum(counts))
+    assert row["tip/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert (step_of(trainer, before) - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_count_of_a_quota_rule_is_known_before_the_first_forward(tmp_path):
+    for scope in ("rollout", "batch"):
+        trainer = made(tmp_path, tip_rule="soft_or", tip_keep=0.3, tip_scope=scope, gradient_accumulation_steps=4)
+        factors = []
+        finish = trainer._finish_step
+        trainer._finish_step = lambda model, finish=finish, factors=factors: (
+            factors.append(finish(model)) or factors[-1]
+        )
+        trainer.train()
+        kept = trainer.state.log_history[0]["tip/kept_frac"] * sum(
+            int(b["completion_mask"].sum()) for b in trainer._buffered_inputs
+        )
+        assert float(trainer._buffered_inputs[0]["num_items_in_batch"]) == pytest.approx(kept)
+        assert factors == [1.0]
+
+
+@pytest.mark.parametrize("rule", [r for r in hook.RULES if r not in ("threshold", "overconfident")])
+@pytest.mark.parametrize("keep", [0.3, 5])
+def test_count_from_the_mask_is_what_the_rule_keeps(tmp_path, rule, keep):
+    chosen = made(tmp_path, tip_rule=rule, tip_keep=keep).make_rule()
+    assert hook.count_is_known(chosen)
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 9, 12)
+    mask = torch.rand(4, 9) < 0.6
+    mask[2] = False
+    kept = chosen(tip.token_stats(*logits), mask).mask
+    assert hook.count_kept(chosen, mask) == kept.sum()
+
+
+def test_rules_that_look_at_the_data_say_that_their_count_is_unknown():
+    assert not hook.count_is_known(tip.Threshold(above=0.1))
+    assert not hook.count_is_known(tip.Overconfident(0.2))
+
+
+def test_step_without_a_kept_token_changes_nothing_and_the_next_one_learns(tmp_path):
+    trainer = made(tmp_path, tip_rule="threshold", tip_threshold_above=0.05, max_steps=3, weight_decay=0.1)
+    usual = trainer.make_rule()
+    rules = iter([usual, tip.Threshold(above=1e9), usual])
+    trainer.make_rule = lambda: next(rules)
+    seen = []
+    finish = trainer._finish_step
+
+    def watched(model):
+        seen.append(weights_of(trainer))
+        return finish(model)
+
+    trainer._finish_step = watched
+    trainer.train()
+    after = weights_of(trainer)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["tip/kept_frac"] > 0 for row in rows] == [True, False, True]
+    assert rows[1]["loss"] == 0 and rows[1]["tip/grad_norm"] == 0 and "tip/divergence_kept" not in rows[1]
+    moved = [max((a[n] - b[n]).abs().max() for n in a) for a, b in zip(seen, [*seen[1:], after], strict=True)]
+    assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0  # momentum and weight decay included
+
+
+def test_token_of_infinite_divergence_leaves_the_mean_and_its_count(tmp_path):
+    student, teacher = tiny("phi", 0), tiny("phi", 1)
+    teacher.get_output_embeddings().bias.data[5] = -torch.inf  # every token's KL(student || teacher) is infinite
+    with pytest.warns(RuntimeWarning, match="infinite divergence"):
+        trainer, rows = trained(tmp_path, student=student, teacher=teacher, tip_rule="all", **SGD)
+    assert rows[0]["tip/kept_frac"] == 0 and rows[0]["loss"] == 0
+    assert torch.cat([w.flatten() for w in trainer.model.parameters()]).isfinite().all()
+
+
+def test_two_ranks_that_keep_different_counts_take_the_step_of_one(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run([*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt")
+    for case, (settings, _) in CHOICES.items():
+        trainer = made(tmp_path, **(RANKS | {"per_device_train_batch_size": 4}), **settings)
+        before = weights_of(trainer)
+        trainer.train()
+        counts, gradient, row = two[case]
+        assert counts[0] != counts[1]
+        one = step_of(trainer, before)
+        assert (gradient - one).norm() <= 1e-4 * one.norm()
+        ours = trainer.state.log_history[0]
+        for name in ("loss", "tip/kept_frac", "tip/q4_frac", "tip/divergence_kept", "tip/grad_norm", "entropy"):
+            assert row[name] == pytest.approx(ours[name], rel=2e-5 if name != "entropy" else 0.2)
+
+
+RANKS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | SGD
+
+
+def on_two_ranks(folder):
+    """What test_two_ranks_... compares: kept tokens of each rank, the gradient and the logs."""
+    results = {}
+    for case, (settings, _) in CHOICES.items():
+        trainer = made(folder, **RANKS, ddp_backend="gloo", **settings)
+        before = weights_of(trainer)
+        kept = []
+        log_sums = trainer._log_sums
+
+        def watched(mode, trainer=trainer, kept=kept, log_sums=log_sums):
+            kept.append(trainer.accelerator.gather(torch.stack(trainer._sums).sum(0)[1:2]))
+            return log_sums(mode)
+
+        trainer._log_sums = watched
+        trainer.train()
+        results[case] = kept[0].tolist(), step_of(trainer, before), trainer.state.log_history[0]
+    if trainer.accelerator.is_main_process:
+        torch.save(results, Path(folder) / "two.pt")
+    trainer.accelerator.end_training()
+
+
+# ---- AdaKD ----
+
+ADAKD = {
+    "tip_rule": "adakd",
+    "tip_adakd_step": 0.4,
+    "tip_adakd_tolerance": 0.0,
+    "tip_adakd_beta": 0.0,
+    "tip_adakd_floor": 0.2,
+}
+
+
+def test_adakd_learns_as_distill_with_its_arguments_and_moves_its_share(tmp_path):
+    trainer = made(tmp_path, **SGD | {"learning_rate": 0.01}, **ADAKD, max_steps=6)
+    learn, sums = trainer._learn, []
+
+    def watched(student, teacher, mask, ids, temperature):
+        share = trainer.focus.keep
+        out = tip.distill(student, teacher, **tip.adakd(share, row_mask=mask, base=temperature))
+        result = learn(student, teacher, mask, ids, temperature)
+        sums.append((share, result[1], out))
+        return result
+
+    trainer._learn = watched
+    trainer.train()
+    shares = [row["tip/keep"] for row in trainer.state.log_history if "loss" in row]
+    assert len(set(shares)) > 2 and min(shares) >= 0.2
+    assert len(sums) == 12
+    for share, ours, out in sums:
+        assert ours[1] == out.plan.kept_rows and (share == 1) == (ours[1] == ours[0])
+        assert ours[2].item() == pytest.approx(out.loss.item() * ours[1].item(), rel=1e-5)
+
+
+def test_adakds_share_goes_on_from_a_checkpoint(tmp_path):
+    settings = SGD | {"learning_rate": 0.01, "max_steps": 4, "save_strategy": "steps", "save_steps": 2} | ADAKD
+    settings["shuffle_dataset"] = False  # the sampler draws anew on a resume
+    unbroken, _ = trained(tmp_path / "a", **settings)
+    resumed = made(tmp_path / "a", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert unbroken.focus.state_dict() == pytest.approx(resumed.focus.state_dict(), rel=1e-5)
+    assert resumed.focus.state_dict()["seen"] == 4
+    assert resumed.focus.keep != 1.0
+
+
+# ---- heads of sharded models ----
+
+
+def test_zero3s_heads_are_read_while_they_are_gathered_alone(tmp_path, monkeypatch):
+    """A stand-in for ZeRO-3: outside the context that gathers it, a head holds nothing."""
+    trainer = made(tmp_path, tip_rule="divergence", tip_keep=0.3)
+    trainer._select = trainer.make_rule()
+    trainer.model.train()
+    torch.manual_seed(0)
+    hidden_s, hidden_t = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 12)
+    heads = [torch.nn.Parameter(torch.randn(20, width)) for width in (8, 12)]
+    mask = torch.ones(2, 5, dtype=torch.int64)
+
+    def gradients():
+        loss, *_ = trainer._kept_loss({"completion_ids": mask}, hidden_s, hidden_t, *heads, mask, 1.0, 3.0)
+        return loss.detach(), *torch.autograd.grad(loss, [hidden_s, heads[0]])
+
+    whole = gradients()
+    full = {id(head): head.data for head in heads}
+
+    @contextmanager
+    def gather(*parameters):
+        for parameter in (p for p in parameters if p is not None):
+            parameter.data = full[id(parameter)]
+        yield
+        for parameter in (p for p in parameters if p is not None):
+            parameter.data = torch.empty(0)
+
+    monkeypatch.setattr(hook, "maybe_gather_lm_head_ctx", gather)
+    monkeypatch.setattr(hook, "is_deepspeed_zero3_enabled", lambda: True)
+    for head in heads:
+        head.data = torch.empty(0)
+    for ours, truth in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(ours, truth)
+    with torch.no_grad():
+        loss, *_ = trainer._kept_loss({"completion_ids": mask}, hidden_s, hidden_t, *heads, mask, 1.0, 3.0)
+    torch.testing.assert_close(loss, whole[0])
+
+
+def test_deepspeed_is_refused_where_the_count_is_unknown(tmp_path, monkeypatch):
+    prepared = DistillationTrainer.__init__
+
+    def with_deepspeed(self, *args, **named):
+        prepared(self, *args, **named)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "__init__", with_deepspeed)
+    with pytest.raises(ValueError, match=r"tip_rule: .*DeepSpeed.*'overconfident'"):
+        made(tmp_path, tip_rule="overconfident")
+    made(tmp_path, tip_rule="soft_or")
+
+
+# ---- evaluation, settings, errors ----
+
+
+def test_evaluation_is_over_every_token_as_the_stock_trainers(tmp_path):
+    stock = made(tmp_path, DistillationTrainer).evaluate()
+    ours = made(tmp_path, tip_rule="divergence", tip_keep=0.1).evaluate()
+    assert ours["eval_loss"] == pytest.approx(stock["eval_loss"], rel=1e-5)
+    assert ours["eval_entropy"] == pytest.approx(stock["eval_entropy"], rel=1e-5)
+    assert ours["eval_tip/kept_frac"] == 1
+    assert sum(ours[f"eval_tip/q{i}_frac"] for i in (1, 2, 3, 4)) == pytest.approx(1)
+
+
+def test_sampled_divergence_reads_the_completions_tokens(tmp_path):
+    inputs = micro_batch()
+    student, teacher = tiny("llama", 0), tiny("llama", 1)
+    trainer = made(tmp_path, student=student, teacher=teacher, tip_rule="all", tip_divergence="sampled_reverse_kl")
+    trainer._select = trainer.make_rule()
+    trainer.model.train()
+    loss, *_ = trainer._compute_loss(student, inputs, 22.0)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    valid = (inputs["completion_mask"] * inputs["tool_mask"]) != 0
+    with torch.no_grad():
+        logp_s, logp_t = (
+            model(ids).logits[:, 3:-1].log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+            for model in (student, teacher)
+        )
+    assert loss.item() == pytest.approx((logp_s - logp_t)[valid].mean().item(), rel=1e-4)
+
+
+def test_settings_come_from_yaml_and_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\ntip_rule: overconfident\ntip_keep: 64\n"
+        "tip_divergence: 'jsd:0.1'\ntip_entropy_below: quantile:0.5\n"
+    )
+    (args,) = TrlParser(TIPDistillationConfig).parse_args_and_config(["--config", str(file)])
+    assert args.make_rule(1.0) == tip.Overconfident(64, entropy_below=("quantile", 0.5))
+    assert args.make_divergence() == tip.JSD(0.1)
+    line = ["--config", str(file), "--tip_rule", "soft_or", "--tip-keep", "0.5", "--tip_scope", "batch"]
+    (args,) = TrlParser(TIPDistillationConfig).parse_args_and_config([*line, "--no_tip_quadrants"])
+    assert args.make_rule(1.0) == tip.SoftOr(0.5, scope="batch")
+    assert args.tip_quadrants is False
+    (args,) = TrlParser(TIPDistillationConfig).parse_args_and_config([*line[:4], "--tip_keep", "7"])
+    assert args.make_rule(1.0) == tip.SoftOr(7)
+
+
+def test_help_text_names_every_setting():
+    text = TrlParser(TIPDistillationConfig).format_help()
+    own = [name for name in TIPDistillationConfig.__dataclass_fields__ if name.startswith("tip_")]
+    assert len(own) > 10
+    for name in own:
+        assert f"--{name}" in text
+        assert TIPDistillationConfig.__dataclass_fields__[name].metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize("rule", hook.RULES)
+def test_every_rule_trains(tmp_path, rule):
+    _, rows = trained(tmp_path, tip_rule=rule, tip_keep=0.3, tip_threshold_above="quantile:0.7", max_steps=2)
+    assert 0 < rows[0]["loss"] < 20 and 0 < rows[0]["tip/kept_frac"] <= 1
+    assert sum(rows[0][f"tip/q{i}_frac"] for i in (1, 2, 3, 4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tip_rule": "best"}, r"tip_rule: expected one of all, .*adakd, got 'best'"),
+        ({"tip_keep": 0}, r"tip_keep: expected a fraction in \(0, 1\] or a whole number .*, got 0"),
+        ({"tip_keep": "much"}, r"tip_keep: .*got 'much'"),
+        ({"tip_scope": "world"}, r"tip_scope: expected 'rollout' or 'batch', got 'world'"),
+        ({"tip_divergence": "kl"}, r"tip_divergence: expected one of reverse_kl, .*got 'kl'"),
+        ({"tip_divergence": "todi", "beta": 0.5}, r"beta: expected its default 1.0 beside tip_divergence='todi'"),
+        ({"tip_rule": "threshold"}, r"tip_threshold_above: expected a bound"),
+        ({"tip_rule": "threshold", "tip_threshold_above": 0.1, "tip_threshold_by": "kl"}, r"tip_threshold_by: .*'kl'"),
+        ({"tip_rule": "overconfident", "tip_entropy_below": "quantile:2"}, r"tip_entropy_below: .*'quantile:2'"),
+        ({"tip_rule": "adakd", "tip_adakd_floor": 0.0}, r"tip_adakd_\*: floor: "),
+    ],
+)
+def test_bad_settings_are_refused_by_their_name(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        TIPDistillationConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_a_stock_config_and_another_trl_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="args: expected a TIPDistillationConfig, got DistillationConfig"):
+        TIPDistillationTrainer(load("student"), load("teacher"), DistillationConfig(str(tmp_path), bf16=False))
+
+    def other(self, unwrapped_student, inputs, num_items_in_batch):
+        return None
+
+    monkeypatch.setattr(DistillationTrainer, "_compute_loss", other)
+    with pytest.raises(RuntimeError, match=r"for TRL 1\.16"):
+        made(tmp_path)
+
+
+# ---- the documented way in ----
+
+
+def test_trls_own_example_runs_with_the_names_swapped(tmp_path, monkeypatch):
+    example = re.search(r"```python\n(.*?)```", DistillationTrainer.__doc__, flags=re.S)[1]
+    code = "\n".join(line.strip().removeprefix(">>> ").removeprefix("... ") for line in example.splitlines())
+    code = code.replace(
+        "from trl import DistillationTrainer", "from tip_kernels.hooks.trl import TIPDistillationTrainer"
+    )
+    code = code.replace("= DistillationTrainer(", "= TIPDistillationTrainer(")
+    for name, role in (("Qwen/Qwen2.5-0.5B-Instruct", "student"), ("Qwen/Qwen2.5-1.5B-Instruct", "teacher")):
+        assert name in code
+        code = code.replace(name, str(PACKAGED / role))
+    texts, _ = rollouts_of(8)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_dict({"prompt": texts}))
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # the default is bf16
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert isinstance(names["trainer"], TIPDistillationTrainer)
+    assert names["trainer"].state.global_step == 3  # the default's three epochs of one batch
+    assert (tmp_path / "student-Distillation").is_dir()
+
+
+def test_readmes_swap_runs(tmp_path):
+    section = README.split("## With TRL")[1].split("\n## ")[0]
+    block = re.search(r"```diff\n(.*?)```", section, flags=re.S)[1]
+    code = "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-")).replace("...", "")
+    texts, completions = rollouts_of(8)
+    names = {
+        "model": load("student"),
+        "teacher": load("teacher"),
+        "dataset": Dataset.from_dict({"prompt": texts}),
+        "tokenizer": TOKENIZER,
+        "settings": {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 1,
+            "save_strategy": "no",
+        },
+    }
+    exec(code, names)
+    names["trainer"]._generate_single_turn = lambda ids, *_, **__: [completions[tuple(i)] for i in ids]
+    names["trainer"].train()
+    assert names["trainer"].state.global_step == 1
+
+
+if __name__ == "__main__":
+    on_two_ranks(sys.argv[1])
