@@ -13,10 +13,19 @@ def head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> tip.Head:
     """A Head. A weight that is sharded (a DTensor) is gathered, and taken in the hidden states' dtype."""
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (weight, bias))
+    weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     return tip.Head(hidden, weight, bias, scale=scale, softcap=softcap)
+
+
+def _gathered(x: Tensor | None) -> Tensor | None:
+    """The whole of a DTensor. Its gradient is the mean over the ranks, whose rows differ (FSDP) or not (TP)."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def jsd(name: str, beta: float) -> tip.JSD:

@@ -9,6 +9,7 @@ KL(student || teacher), between them the generalised Jensen-Shannon divergence. 
 - Rows that do not count are left out of every projection where a mask says so, and rows whose upstream gradient is 0
   out of the backward, on any device.
 - Banned tokens (-inf) that both models ban are no NaN.
+- The gradient of a head that is a DTensor is the mean over the ranks, as of FSDP2's other weights.
 - Under ZeRO-3, TRL's own function gathers the head itself; here the caller does (`tip_kernels.hooks.trl` does both).
   An ungathered weight is refused for its shape.
 """

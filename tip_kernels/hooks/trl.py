@@ -31,13 +31,13 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 import tip_kernels as tip
 from tip_kernels import names
 from tip_kernels.compat._calls import head, jsd
+from tip_kernels.measure import LABEL_FIELDS
 from tip_kernels.select import QuotaRule
 from tip_kernels.stats import TokenStats
 
 RULES = (*names.RULES, "threshold", "adakd")
 LOSS_CALL = "_chunked_divergence_loss"  # what the stock _compute_loss calls, and what is put in its place
 FOCUS = "AdaptiveFocus"  # its key in the trainer's state, and so in every checkpoint
-LABELS = {"logp_s", "logp_t"}
 
 
 def _setting(default: Any, text: str, **argparse_options: Any) -> Any:
@@ -294,12 +294,13 @@ class TIPDistillationTrainer(DistillationTrainer):
             )
         quadrants = self.args.tip_quadrants
         measured = choice["select"].needs
+        labels = token_ids.to(mask.device).masked_fill(~mask, -100) if self._divergence.needs & LABEL_FIELDS else None
         out = tip.distill(
             student,
             teacher,
             **choice | {"normalizer": 1},
             divergence=self._divergence,
-            labels=token_ids.to(mask.device).masked_fill(~mask, -100) if self._divergence.needs & LABELS else None,
+            labels=labels,
             workspace_mib=self.args.tip_workspace_mib,
             full_stats=not measured >= ({"entropy_s", "kl_rev"} if quadrants else {"entropy_s"}),
         )
