@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from _cases import check_stats, head_case, labels_for, normal
 
 import tip_kernels as tip
 from tip_kernels import sweeps
+from tip_kernels.kernels import linear_stats
+from tip_kernels.measure import measure
+from tip_kernels.sources import rows_of
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -115,6 +120,90 @@ def test_equal_fp32_logits_give_the_same_bits_from_a_head_as_from_logits():
         logits = tip.token_stats(*tiles)
     for field in ("lse_s", "lse_t", "entropy_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
         assert torch.equal(getattr(heads, field), getattr(logits, field)), field
+
+
+# ---- hidden states: one kernel for products and fold
+
+FUSED_CASES = {
+    "plain": {},
+    "bias": {"bias": normal(700, seed=40)},
+    "bias that bans": {"bias": torch.where(torch.arange(700) % 7 == 3, -torch.inf, 0.0)},
+    "scale, softcap and bias": {"scale": 1.5, "softcap": 9.0, "bias": normal(700, seed=41)},
+    "vocab_size": {"vocab_size": 613, "bias": normal(700, seed=42)},
+}
+
+
+def on_cpu(stats: tip.TokenStats) -> SimpleNamespace:
+    return SimpleNamespace(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(stats).items()})
+
+
+@pytest.fixture
+def fused(monkeypatch) -> list[int]:
+    """Heads measured by the fused kernel wherever it can; the rows of each of its calls."""
+    calls, was = [], linear_stats.linear_stats
+    monkeypatch.setattr(linear_stats, "fused_pays", lambda *args: True)
+    monkeypatch.setattr(linear_stats, "linear_stats", lambda *a, **k: (calls.append(len(a[0])), was(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_fused_statistics_of_heads_are_no_worse_than_eager_fp32(fused, name, dtype):
+    """Hidden widths that differ, a temperature a row, labels, all rows and chosen ones, both models and one."""
+    options = FUSED_CASES[name]
+    cases = [head_case(20, 700, width, seed, **options).to(dtype) for width, seed in ((40, 1), (64, 3))]
+    student, teacher = (case.to(DEVICE).head for case in cases)
+    tau, labels = torch.linspace(0.5, 2.0, 20), labels_for(20, 600)
+    truth = [[case.to(d).logits(tau.to(d)) for d in (torch.float64, torch.float32)] for case in cases]
+    with tip.backend("triton"):
+        on = {"labels": labels.to(DEVICE), "temperature": tau.to(DEVICE)}
+        both, alone = tip.token_stats(student, teacher, **on), tip.token_stats(student, **on)
+        mask = torch.arange(20) % 3 == 1
+        out = tip.distill(student, teacher, select=tip.KeepAll(), row_mask=mask, full_stats=True, sweeps=2, **on)
+    assert fused == [20, 20, 7]
+    check_stats(on_cpu(both), *truth, labels=labels)
+    check_stats(on_cpu(alone), truth[0], labels=labels)
+    for field in ("lse_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
+        chosen, every = getattr(out.stats, field).cpu(), getattr(both, field).cpu()
+        torch.testing.assert_close(chosen[mask], every[mask], rtol=1e-6, atol=2e-6)
+        assert chosen[~mask].isnan().all()
+
+
+def test_fused_measuring_keeps_to_its_workspace(fused):
+    student, teacher = (head_case(200, 700, 40, seed).to(torch.float16) for seed in (1, 3))
+    rows = tuple(rows_of(case.head, "student") for case in (student, teacher))
+    with tip.backend("triton"):
+        whole, small = (measure(*rows, frozenset({"kl_rev"}), workspace=size) for size in (2**24, 2**16))
+    assert fused[0] == 200 and len(fused) > 3 and max(fused[1:]) < 100
+    torch.testing.assert_close(whole["kl_rev"], small["kl_rev"], rtol=1e-6, atol=2e-6)
+
+
+def test_what_the_fused_kernel_cannot_take_goes_to_a_library_product(fused):
+    odd = head_case(6, 300, 9, 1).to(torch.float16)  # rows that do not start at multiples of 16 bytes
+    case = head_case(6, 300, 16, 1)
+    with tip.backend("triton"):
+        tip.token_stats(odd.head)
+        tip.token_stats(case.head, margins=True)
+        tip.token_stats(case.head, case.logits())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tip.token_stats(case.head)
+    assert fused == []
+
+
+def test_the_table_of_the_fused_kernel(monkeypatch):
+    """It prefers the kernel only where the products are short for each logit, on a GPU with bulk copies."""
+    asked = [(4096, 1024), (4096, 2048), (256, 4096), (257, 4096)]
+    for found, expected in (
+        (("cuda", 90), [1, 0, 1, 0]),
+        (("cuda", 80), [0] * 4),
+        (("hip", 0), [0] * 4),
+        (("", 0), [0] * 4),
+    ):
+        monkeypatch.setattr(linear_stats, "target", lambda found=found: found)
+        assert [linear_stats.fused_pays(*shape, torch.bfloat16) for shape in asked] == [bool(x) for x in expected], (
+            found
+        )
+        assert not linear_stats.fused_pays(8, 64, torch.float32)
 
 
 # ---- waiting for the device

@@ -15,7 +15,7 @@ from tip_kernels.backends import backend_for
 from tip_kernels.eager import online
 from tip_kernels.eager.online import Blend
 from tip_kernels.eager.toplist import TopList
-from tip_kernels.sources import HeadBlock, LogitBlock, LogitRows, Rows
+from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import (
     PARTIAL_FIELDS,
     TopKRows,
@@ -54,8 +54,9 @@ def measure(
 
     Private fields (shift and logsum of each model) come without asking. labels and temperature are (N,) over all rows.
     On the Triton backend the kernels measure everything but blends, top-k lists and a student beside a TopK, which are
-    tiled torch everywhere. Beside a TopK the private fields hold the student's logits of its tokens, (len(rows), K).
-    record takes the logits of each source as they pass, fp32 (len(rows), V) at temperature 1, or None to let them go.
+    tiled torch everywhere; a Head's products are a library's, or the kernel's own where its table says so. Beside a
+    TopK the private fields hold the student's logits of its tokens, (len(rows), K). record takes the logits of each
+    source as they pass, fp32 (len(rows), V) at temperature 1, or None to let them go.
     """
     if torch.compiler.is_compiling() and not isinstance(teacher, TopKRows):
         from tip_kernels import compiled
@@ -73,6 +74,8 @@ def measure(
         in_place = record is None and all(is_read_in_place(source) for source in sources)
         if triton and not blends and not lists and in_place:
             out = _measure_logits(sources, want, rows, labels, temperature, workspace)
+        elif triton and not blends and not lists and record is None and _is_fused(sources, want, n_rows):
+            out = _measure_hidden(sources, rows, labels, temperature, workspace)
         else:
             block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
             engines = [] if listed else _engines(triton, sources, want, blends, block, columns)
@@ -236,6 +239,58 @@ def _measure_logits(
             z = matrix[torch.arange(place.numel(), device=place.device) if rows is None else rows, place].float()
             out |= _label_field(model, torch.where(inside, z, torch.nan), temperature, out)
     return out
+
+
+def _is_fused(sources: list[Rows], want: frozenset[str], n_rows: int) -> bool:
+    """Whether one kernel takes the products and their fold: where it can, and where that pays."""
+    if want & MARGIN_FIELDS or not all(isinstance(source, HeadRows) for source in sources):
+        return False
+    from tip_kernels.kernels import linear_stats
+
+    whole = all(source.hidden.dtype == source.weight.dtype == source.dtype for source in sources)  # no autocast
+    fits = all(linear_stats.describable(x) for source in sources for x in (source.hidden, source.weight))
+    width = max(source.width for source in sources)
+    return whole and fits and linear_stats.fused_pays(n_rows, width, sources[0].dtype)
+
+
+def _measure_hidden(
+    sources: list[HeadRows], rows: Tensor | None, labels: Tensor | None, temperature: float | Tensor, workspace: int
+) -> dict[str, Tensor]:
+    """One kernel over hidden states and heads, in blocks of rows whose hidden states and sums fit the workspace."""
+    from tip_kernels.kernels.linear_stats import linear_part, linear_stats
+
+    n_rows, vocab = sources[0].n_rows if rows is None else rows.numel(), sources[0].vocab
+    settings: dict[str, object] = {}
+    for model, source in zip("st", sources, strict=False):
+        bias = None if source.bias is None else source.bias[:vocab].to(source.dtype).contiguous()
+        settings |= {f"bias_{model}": bias, f"scale_{model}": source.scale, f"softcap_{model}": source.softcap}
+    parts = -(-vocab // linear_part(n_rows, vocab))
+    block = max(1, workspace // (44 * parts + 8 * sum(source.width for source in sources)))
+    done = []
+    for r0 in range(0, max(n_rows, 1), block):
+        part = slice(r0, min(r0 + block, n_rows))
+        ids = part if rows is None else rows[part]
+        tau = temperature[part] if isinstance(temperature, Tensor) else temperature
+        hidden = [source.hidden[ids] for source in sources]
+        pairs = [x for h, source in zip(hidden, sources, strict=True) for x in (h, source.weight[:vocab])]
+        out = linear_stats(*pairs, temperature=tau, **settings)
+        if labels is not None:
+            for model, source, h in zip("st", sources, hidden, strict=False):
+                out |= _label_field(model, _label_logits(source, h, labels[part]), tau, out)
+        done.append(out)
+    return {name: torch.cat([d[name] for d in done]) for name in done[0]}
+
+
+def _label_logits(source: HeadRows, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Each row's logit of its label (R,), NaN for none."""
+    inside = (labels >= 0) & (labels < source.vocab)
+    place = labels.clamp(0, source.vocab - 1)
+    z = (hidden.float() * source.weight[place].float()).sum(1)
+    if source.bias is not None:
+        z += source.bias[place].to(source.dtype).float()
+    z *= source.scale
+    z = z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
+    return torch.where(inside, z, torch.nan)
 
 
 def _measure_block(

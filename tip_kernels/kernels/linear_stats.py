@@ -8,7 +8,7 @@ the registers overflow. Parts are merged by `finish` of row_stats.py. Operands c
 Hopper and later). Programs of one part are launched side by side, which keeps its weights in L2.
 
 It saves writing and reading a tile of logits, which is worth it where the products are short for each logit: small
-widths or few rows. Elsewhere a vendor's product into an fp32 tile and `fold_tile` is faster: see `fused_pays`.
+widths or few rows. Elsewhere a vendor's product into an fp32 tile and `fold_tile` is faster: see FUSED.
 """
 
 from __future__ import annotations
@@ -141,19 +141,24 @@ def linear_config(teacher: bool, plain: bool) -> dict[str, int | bool]:
     return config | {"enable_fp_fusion": False}
 
 
+# Backend: (least architecture, widest H for any number of rows, most rows for any H) where this kernel is preferred to
+# a vendor's product and `fold_tile`. No GPU has timed either. The numbers are arithmetic: writing and reading an fp32
+# tile that misses L2 costs 45 % of the products at H = 1024 and 24 % at 2048 on an H100, against the 6 to 10 % by which
+# Triton's product may trail a vendor's and still win; below some 300 rows reading the weights bounds both. `bench gpu`
+# times both side by side. Without the bulk copies of sm_90, and in fp32, the vendor's product is taken.
+FUSED = {"cuda": (90, 1024, 256)}
+
+
 def fused_pays(n_rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether to prefer this kernel to a vendor's product and `fold_tile`; width is the larger model's.
-
-    An estimate to be replaced by measurement: an fp32 tile that misses L2 costs 45 % of the products at width 1024 and
-    24 % at 2048, and below 300 rows the weights' bandwidth bounds both.
-    """
+    """Whether FUSED prefers this kernel; width is the larger model's."""
     backend, arch = target()
-    return backend == "cuda" and arch >= 90 and dtype != torch.float32 and (width <= 1024 or n_rows <= 256)
+    least, widest, most = FUSED.get(backend, (0, 0, -1))
+    return arch >= least and dtype != torch.float32 and (width <= widest or n_rows <= most)
 
 
-def linear_part(n_rows: int, vocab: int, rows: int) -> int:
+def linear_part(n_rows: int, vocab: int) -> int:
     """Columns of one program: PART, or fewer where there would be too few programs to fill a GPU."""
-    part = PART
+    part, rows = PART, linear_config(teacher=True, plain=True)["ROWS"]
     while part > 512 and triton.cdiv(n_rows, rows) * triton.cdiv(vocab, part) < 1000:
         part //= 2
     return part
@@ -212,13 +217,18 @@ def _fold_linear(
         )  # fmt: skip
 
 
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe a matrix: rows of unit stride that start at multiples of 16 bytes."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 def check_head(model: str, hidden: Tensor, weight: Tensor, n_rows: int, vocab: int) -> None:
     """Refuses what does not fit or a tensor descriptor cannot describe."""
     for name, x, n in ((f"hidden_{model}", hidden, n_rows), (f"weight_{model}", weight, vocab)):
         if x.shape != (n, hidden.shape[1]) or x.dtype != hidden.dtype:
             form = f"shape ({n}, {hidden.shape[1]}) and dtype {hidden.dtype}"
             raise ValueError(f"{name} must have {form}, got {tuple(x.shape)} and {x.dtype}")
-        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        if not describable(x):
             raise ValueError(
                 f"{name} must have rows of unit stride that start at multiples of 16 bytes, got strides {x.stride()}"
             )
@@ -240,7 +250,7 @@ def linear_stats(
     models may differ in width and dtype. bias: (V,). settings as in `new_state`. Does not synchronise.
     """
     (n_rows, _), vocab, teacher = hidden_s.shape, weight_s.shape[0], hidden_t is not None
-    part = linear_part(n_rows, vocab, linear_config(teacher, plain=True)["ROWS"])
+    part = linear_part(n_rows, vocab)
     state = new_state(n_rows, vocab, hidden_s.device, teacher=teacher, part=part, **settings)
     fold_linear(state, hidden_s, weight_s, hidden_t, weight_t, bias_s, bias_t)
     return finish(state)
