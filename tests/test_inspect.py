@@ -308,6 +308,7 @@ def test_checkpoints_with_prompts_of_a_file_are_inspected(tmp_path, capsys):
     data = data_of(output.read_text())
     assert len(data["rollouts"]) == 4 and data["cuts"] == {"entropy": 0.5, "divergence": 0.1}
     assert data["kept"].count("1") == 20 and "right" not in data["rollouts"][0]
+    assert data["title"] == "student beside teacher: which tokens matter" and str(tmp_path) not in output.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,9 @@ def inspect(options: dict) -> int:
     if "save" in options:
         table.save(options["save"])
         say(f"statistics in {options['save']}")
-    title = " and ".join(dict.fromkeys(_name(path) for path in files)) or "A pair of checkpoints"
+    title = " and ".join(dict.fromkeys(_name(path) for path in files)) or "{student} beside {teacher}".format(
+        **table.about
+    )
     cuts = {name: options[name] for name in ("entropy", "divergence") if name in options}
     table.about |= {"rollouts": f"{len(table.rollouts):,}", "tokens": f"{len(table.text):,}"}
     page.write(output, page.inspect_page(table, f"{title}: which tokens matter", **cuts))
@@ -109,6 +111,11 @@ def _default_page(files: list[Path]) -> Path:
 
 def _name(path: Path) -> str:
     return path.resolve().stem if path.is_file() else path.resolve().name
+
+
+def _short(name: str) -> str:
+    """A page may be passed on: of a path it says the last part."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _labelled(table, path: Path, files: list[Path]):
@@ -167,14 +174,13 @@ def _observe(settings, options: dict, student: Path | None, group: str | None, s
         loop.focus.load_state_dict(focus)
     prompts = min(options.get("prompts", 100), len(task.held_out))
     table = observe(loop, prompts, group, lambda done: say(f"{group or 'rollouts'}: {done} of {prompts}"))
+    teacher = f"{_short(settings.teacher)}, top {settings.teacher_topk}" if settings.teacher_topk else None
     table.about = {
-        "task": settings.task,
+        "task": _short(settings.task),
         "rule": settings.preset or f"{settings.rule}, keep {settings.keep:g}",
         "temperature": f"{settings.temperature:g}",
-        "student": settings.student,
-        "teacher": settings.teacher
-        if not settings.teacher_topk
-        else f"{settings.teacher}, top {settings.teacher_topk}",
+        "student": _short(settings.student),
+        "teacher": teacher or _short(settings.teacher),
     }
     return table
 
