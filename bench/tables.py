@@ -93,9 +93,7 @@ def rewritten(text: str) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench tables", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing, fail where a table differs"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where a table differs")
     args = parser.parse_args(argv)
     stale = [path for path in FILES if rewritten(path.read_text()) != path.read_text()]
     for path in stale:

@@ -95,6 +95,13 @@ def test_row_stats_of_a_large_vocabulary(vocab):
     hold(measured(z_s, z_t), z_s, z_t)
 
 
+@pytest.mark.parametrize("name", ["flat", "banned_tiles"])
+def test_row_stats_error_does_not_grow_with_the_number_of_tiles(name):
+    """Sums kept in 16 bits, in which the logits come, would be off by 1 % over so many columns."""
+    z_s, z_t = (z.bfloat16() for z in PAIRS[name](1, 40_000))
+    hold(measured(z_s, z_t), z_s, z_t)
+
+
 def test_row_stats_does_not_count_padding():
     """A masked column read as logit 0 would outweigh logits near -8 by 3000 to 1."""
     z_s, z_t = (0.1 * z - 8.0 for z in ordinary(2, 1100))
@@ -269,6 +276,26 @@ def test_linear_stats_is_no_worse_than_eager_fp32(dtype, options):
                 no_worse(alone[name].cpu(), eager[name], value, name, 4e-6)
 
 
+@pytest.mark.parametrize("vocab", [1, 3, 300, PART + 1, 40_000])
+def test_linear_stats_takes_any_vocabulary(vocab):
+    """Far from 0, where padding as logit 0 or a merge seeded with shift 0 would show, and on NaN-filled memory."""
+    heads_st = heads(1, vocab, 8, 1, torch.float32), heads(1, vocab, 16, 3, torch.float32)
+    biases = torch.full((vocab,), -120.0), torch.full((vocab,), -8.0)
+    place = [x.to(DEVICE) for pair in heads_st for x in pair]
+    torch.use_deterministic_algorithms(True)
+    try:
+        stats = linear_stats(*place, bias_s=biases[0].to(DEVICE), bias_t=biases[1].to(DEVICE))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    truth, eager = (
+        ref.token_stats(*(ref.logits(h.to(d), w.to(d), b.to(d)) for (h, w), b in zip(heads_st, biases, strict=True)))
+        for d in (torch.float64, torch.float32)
+    )
+    for name, value in truth.items():
+        if value is not None:
+            no_worse(stats[name].cpu(), eager[name], value, name, 1e-5)  # a step of fp32 at 120
+
+
 def test_linear_stats_takes_no_rows_and_names_what_does_not_fit():
     hidden, weight = (x.to(DEVICE) for x in heads(3, 600, 32, 1, torch.float16))
     assert linear_stats(hidden[:0], weight)["lse_s"].shape == (0,)
@@ -300,7 +327,7 @@ def learned(z_s: Tensor, z_t: Tensor, upstream: Tensor, names: list[str], stats=
 def true_gradient(
     value, z_s: Tensor, z_t: Tensor, upstream: Tensor, dtype: torch.dtype, transform=lambda z: z
 ) -> Tensor:
-    z_s = z_s.to(dtype).requires_grad_()
+    z_s = z_s.detach().to(dtype, copy=True).requires_grad_()
     (value(transform(z_s), transform(z_t.to(dtype))) * upstream.to(dtype)).sum().backward()
     return z_s.grad
 
@@ -356,8 +383,21 @@ def blends(name: str, params: tuple[float, ...], z_s: Tensor, z_t: Tensor) -> di
     ],
 )
 def test_family_values_and_gradients_are_those_of_float64(name, pair):
+    hold_family(name, *PAIRS[pair](3, 1100))
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 127, 1024, PART + 1, 152_064])
+def test_row_sums_and_gradients_take_any_vocabulary(vocab):
+    """Far from 0, so that padding counted as logit 0 would show."""
+    z_s, z_t = (z.sub_(30) for z in ordinary(1, vocab))
+    for name in ("jsd", "hellinger_sq") if vocab < 100_000 else ("jsd",):
+        hold_family(name, z_s, z_t)
+
+
+def hold_family(name: str, z_s: Tensor, z_t: Tensor) -> None:
+    """Holds value and gradient of one of FAMILY to float64."""
     kind, params, value = FAMILY[name]
-    z_s, z_t = PAIRS[pair](3, 1100)
+    n_rows = z_s.shape[0]
     stats = row_stats(z_s.to(DEVICE), z_t.to(DEVICE))
     truth, eager = (value(z_s.to(dtype), z_t.to(dtype)) for dtype in (torch.float64, torch.float32))
     if KINDS[kind][2]:
@@ -368,11 +408,56 @@ def test_family_values_and_gradients_are_those_of_float64(name, pair):
     else:
         rows = stats if kind == "hellinger_sq" else blends(kind, params, z_s, z_t)
     ours = row_grad(
-        z_s.to(DEVICE), z_t.to(DEVICE), torch.ones(3, device=DEVICE), stats, [Term(1.0, kind, params, rows)]
+        z_s.to(DEVICE), z_t.to(DEVICE), torch.ones(n_rows, device=DEVICE), stats, [Term(1.0, kind, params, rows)]
     ).cpu()
-    truth, eager = (true_gradient(value, z_s, z_t, torch.ones(3), dtype) for dtype in (torch.float64, torch.float32))
+    ones = torch.ones(n_rows)
+    truth, eager = (true_gradient(value, z_s, z_t, ones, dtype) for dtype in (torch.float64, torch.float32))
     check_gradient(ours, eager, truth, name, largest_logit=12, row_weight=1.0)
     assert (ours[z_s == -INF] == 0).all()
+
+
+def test_row_sums_and_gradients_of_strided_rows_have_the_bits_of_contiguous_ones():
+    z_s, z_t = ordinary(3, 1300)
+    wide_s, wide_t = torch.full((6, 1303), NAN), torch.full((3, 2000), NAN)
+    wide_s[::2, 3:], wide_t[:, :1300] = z_s, z_t
+    stats, ones = row_stats(z_s.to(DEVICE), z_t.to(DEVICE)), torch.ones(3, device=DEVICE)
+    found = []
+    for s, t in ((z_s, z_t), (wide_s[::2, 3:], wide_t[:, :1300])):
+        s, t = s.to(DEVICE), t.to(DEVICE)
+        sums = row_sums(s, t, stats, [Term(1.0, "jsd", (0.3,))])[0]
+        found.append([*sums.values(), row_grad(s, t, ones, stats, [Term(1.0, "jsd", (0.3,), sums)])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_row_sums_read_nothing_that_they_did_not_write():
+    z_s, z_t = ordinary(2, PART + 100)
+    stats = row_stats(z_s.to(DEVICE), z_t.to(DEVICE))
+    terms = [Term(1.0, "jsd", (0.3,)), Term(1.0, "tvd")]
+    right = row_sums(z_s.to(DEVICE), z_t.to(DEVICE), stats, terms)
+    torch.use_deterministic_algorithms(True)  # fills fresh allocations with NaN
+    try:
+        again = row_sums(z_s.to(DEVICE), z_t.to(DEVICE), stats, terms)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(right, again, strict=True):
+        same_bits(a, b)
+
+
+def test_value_and_gradient_agree_where_the_value_is_clamped_at_zero():
+    """Of equal rows both are 0: noise of 1e-7 in a value that is then clamped must not stay in the gradient."""
+    z_s, _ = ordinary(3, 1500)
+    stats = measured(z_s, z_s.clone())
+    assert stats["kl_fwd"].tolist() == stats["kl_rev"].tolist() == stats["hellinger_sq"].tolist() == [0.0] * 3
+    assert (learned(z_s, z_s.clone(), torch.ones(3), ["forward_kl", "reverse_kl", "hellinger_sq"]).abs() <= 1e-9).all()
+
+
+def test_everything_masked_leaves_nothing():
+    z_s, z_t = ordinary(2, 1300)
+    stats = row_stats(z_s.to(DEVICE), z_t.to(DEVICE))
+    ids = torch.tensor([-1, -1], device=DEVICE)
+    assert (learned(z_s, z_t, torch.ones(2), ["forward_kl"], stats, row_ids=ids) == 0).all()
+    sums = row_sums(z_s.to(DEVICE), z_t.to(DEVICE), stats, [Term(1.0, "tvd")], row_ids=ids)[0]
+    assert all(x.isnan().all() for x in sums.values())
 
 
 def test_row_sums_ignore_other_rows_and_make_broken_ones_nan():
@@ -641,13 +726,21 @@ def test_fused_product_uses_hopper_matrix_units_and_bulk_copies(tmp_path):
 COUNT = """
 import torch
 from bench.compile import compile_only
+from tip_kernels.kernels.linear_stats import linear_stats
+from tip_kernels.kernels.row_grad import Term, row_grad
 from tip_kernels.kernels.row_stats import row_stats
+from tip_kernels.kernels.row_sums import row_sums
 compiled = []
 with compile_only("sm_90", compiled):
     for rows, vocab, tau in ((8, 4096, 1.0), (1, 4096, 0.7), (512, 32000, 2.0), (3, 1001, 1.0), (16, 50257, 1.5)):
         logits = torch.empty(rows, vocab, dtype=torch.bfloat16)
-        row_stats(logits, logits, temperature=tau)
-for name in ("fold_kernel", "finish_kernel"):
+        stats = row_stats(logits, logits, temperature=tau)
+        term = Term(tau, "jsd", (tau / 3,), {"kl_s": stats["kl_rev"]})
+        row_sums(logits, logits, stats, [term], temperature=tau)
+        row_grad(logits, logits, stats["lse_s"], stats, [term], temperature=tau)
+        hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16) for n in (rows, vocab))
+        linear_stats(hidden, weight, temperature=tau)
+for name in ("fold_kernel", "finish_kernel", "sums_kernel", "add_parts_kernel", "grad_kernel", "linear_kernel"):
     print(name, len({kernel.hash for kernel_name, kernel in compiled if kernel_name == name}))
 """
 
@@ -658,4 +751,13 @@ def test_sizes_and_temperatures_do_not_recompile():
     run = subprocess.run(
         [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, cwd=TABLE.parents[2]
     )
-    assert run.stdout.split("\n")[:2] == ["fold_kernel 2", "finish_kernel 1"], run.stdout + run.stderr[-2000:]
+    print(run.stdout)
+    once = [
+        "fold_kernel 2",
+        "finish_kernel 2",
+        "sums_kernel 2",
+        "add_parts_kernel 1",
+        "grad_kernel 2",
+        "linear_kernel 1",
+    ]
+    assert run.stdout.split("\n")[:6] == once, run.stdout + run.stderr[-2000:]

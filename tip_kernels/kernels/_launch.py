@@ -55,6 +55,11 @@ def fp32(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
+def aligned(x: Tensor | None) -> Tensor | None:
+    """x at a multiple of 16 bytes, for which alone kernels that read a vector of any N are compiled."""
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+
+
 def on_device(x: Tensor) -> torch.cuda.device_of:
     """Context in which launches go to x's device, as models spread over several GPUs need."""
     return torch.cuda.device_of(x)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import on_device, target
+from ._launch import aligned, on_device, target
 from ._online import FLOOR, One, Pair, capped, half_unit, merge, merge_one, settle, settle_one, tile_one, tile_pair
 from .row_stats import PART, RowState, finish, new_state, store_rows
 
@@ -212,7 +212,7 @@ def _fold_linear(
             TensorDescriptor.from_tensor(hidden_s, rows), TensorDescriptor.from_tensor(weight_s, cols), bias_s,
             TensorDescriptor.from_tensor(hidden_t, rows) if teacher else None,
             TensorDescriptor.from_tensor(weight_t, cols) if teacher else None, bias_t,
-            temperatures, temperature, outer_s, inner_s, outer_t, inner_t,
+            aligned(temperatures), temperature, outer_s, inner_s, outer_t, inner_t,
             n_rows, vocab, hidden_s.shape[1], hidden_t.shape[1] if teacher else 0, parts, PART=part, **config,
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, LOG2E, NEVER, add_gradient
-from ._launch import fp32, map_arguments, on_device, row_alignment, warp
+from ._launch import aligned, fp32, map_arguments, on_device, row_alignment, warp
 from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, widen
 from .row_stats import read_tiles
 
@@ -311,7 +311,8 @@ def _launch(
     chunks = triton.cdiv(width, CHUNK)
     with on_device(logits_s):
         grad_kernel[(n_slots * chunks,)](
-            out, logits_s, logits_t, row_ids, *maps, tuple(rows), tuple(numbers) or (0.0,), tuple(label),
+            out, logits_s, logits_t, aligned(row_ids), aligned(maps[0]), *maps[1:],
+            tuple(map(aligned, rows)), tuple(numbers) or (0.0,), tuple(map(aligned, label)),
             logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
             TERMS=tuple(zip(kinds[::3], kinds[1::3], kinds[2::3], strict=True)), SCATTER=scatter,
             ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK, **grad_config(),

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import fp32, map_arguments, on_device, row_alignment, target, warp
+from ._launch import aligned, fp32, map_arguments, on_device, row_alignment, target, warp
 from ._online import (
     FLOOR,
     GUARD,
@@ -412,7 +412,7 @@ def _fold_tile(
     has_cap = inner_s is not None or inner_t is not None
     with on_device(logits_s):
         fold_kernel[(n_rows * parts,)](
-            sums, logits_s, logits_t, temperatures, temperature, outer_s, inner_s, outer_t, inner_t,
+            sums, logits_s, logits_t, aligned(temperatures), temperature, outer_s, inner_s, outer_t, inner_t,
             logits_s.stride(0), logits_t.stride(0) if logits_t is not None else 0,
             n_rows, width, parts, first_part, sums.shape[1],
             MARGINS=margins, ALIGNED=alignment, PART=part, **fold_config(margins, has_cap, alignment > 1),
@@ -452,7 +452,7 @@ def _finish_rows(
     if n_rows:
         with on_device(out):
             finish_kernel[(triton.cdiv(n_rows, ROWS),)](
-                out, sums, temperatures, temperature, outer_s, outer_t, n_rows, parts,
+                out, sums, aligned(temperatures), temperature, outer_s, outer_t, n_rows, parts,
                 TEACHER=teacher, MARGINS=margins, ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._family import KINDS, NEVER, at_least_never, sum_terms
-from ._launch import fp32, map_arguments, on_device, row_alignment, warp
+from ._launch import aligned, fp32, map_arguments, on_device, row_alignment, warp
 from ._online import Model, capped, half_unit, widen
 from .row_grad import NORMALISERS, Term, check_tiles, load_normaliser, log2_p
 from .row_stats import PART, read_tiles
@@ -158,8 +158,8 @@ def _row_sums(
     partial = out.new_empty(n_sums, parts, n_slots)
     with on_device(out):
         sums_kernel[(n_slots * parts,)](
-            partial, logits_s, logits_t, row_ids, temperatures,
-            temperature, outer_s, inner_s, outer_t, inner_t, tuple(rows), tuple(numbers) or (0.0,),
+            partial, logits_s, logits_t, aligned(row_ids), aligned(temperatures),
+            temperature, outer_s, inner_s, outer_t, inner_t, tuple(map(aligned, rows)), tuple(numbers) or (0.0,),
             logits_s.stride(0), logits_t.stride(0), n_slots, width, parts,
             TERMS=tuple(zip(kinds[::2], kinds[1::2], strict=True)), ALIGNED=row_alignment(logits_s, logits_t),
             PART=PART, TILE=8 * warp(), TILES=2, num_warps=1, enable_fp_fusion=False,
