@@ -226,7 +226,7 @@ def _learned(
             one = OneSweep(batch, lesson, need, plan)
             learned = one.known(ids, lesson.weights(ids, valid, kept), want | late)
             return "one sweep", one.stats(partial=not isinstance(select, KeepAll)), kept, valid, learned
-    elif sweeps != 2 and not adaptive and (plan := stash_layout(batch, need, select)):
+    elif sweeps != 2 and not adaptive and (plan := stash_layout(batch, need, select, lesson.weight_into is None)):
         one = OneSweep(batch, lesson, need, plan)
         kept = one.speculated(select, rollout_ids, want | label, with_teacher)
         learned = one.settled(kept, None if with_teacher else late)

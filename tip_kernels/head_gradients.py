@@ -81,6 +81,7 @@ class HeadGradients:
     need    which of hidden, weight and bias want a gradient
     passes  more than one: the vocabulary is walked several times, and sums must not be rounded in between
     into    where d(weight) is added instead of into a buffer of its own, (V, H)
+    buffer  that buffer, if there is one already; what it holds is lost
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class HeadGradients:
         passes: int = 1,
         into: Tensor | None = None,
         grad_filter: GradFilter | None = None,
+        buffer: Tensor | None = None,
     ) -> None:
         self.student, self.ids, self.into, self.filter = student, ids, into, grad_filter
         self.need_hidden, self.need_weight, self.need_bias = (*need, False, False, False)[:3]
@@ -99,7 +101,10 @@ class HeadGradients:
         self.weight = self.bias = None
         if self.need_weight:
             dtype = weight.dtype if passes == 1 else torch.float32
-            self.weight = torch.empty(weight.shape, dtype=dtype, device=device) if into is None else into
+            buffer = (
+                torch.empty(weight.shape, dtype=dtype, device=device) if buffer is None and into is None else buffer
+            )
+            self.weight = buffer if into is None else into
         if self.need_bias:
             self.bias = torch.zeros(student.bias.shape, device=device)
         self.hidden = torch.zeros(ids.numel(), student.width, device=device) if self.need_hidden else None

@@ -77,7 +77,7 @@ def measure(
         elif triton and not blends and not lists and record is None and _is_fused(sources, want, n_rows):
             out = _measure_hidden(sources, rows, labels, temperature, workspace)
         else:
-            block, columns = tile_shape(n_rows, sources, workspace, buffers=14 if lists else 5, whole_parts=triton)
+            block, columns = tile_shape(n_rows, sources, workspace, buffers=15 if lists else 6, whole_parts=triton)
             engines = [] if listed else _engines(triton, sources, want, blends, block, columns)
             buffers = [torch.empty(block * columns, device=source.device) for source in sources]
             done = []

@@ -52,38 +52,54 @@ class Layout:
     rows: int  # R
     slots: int  # C; 0: rows are learned as they come
     tiles: int  # bytes for tiles of logits
+    borrow: bool = False  # the row blocks lie in d(weight) until it is written
 
 
-def layout(batch: Batch, need: tuple[bool, ...], n_rows: int, slots: int = 0) -> Layout | None:
+def layout(batch: Batch, need: tuple[bool, ...], n_rows: int, slots: int = 0, own_weight: bool = True) -> Layout | None:
     """The layout for learning from n_rows rows, or for measuring them with a stash of so many slots.
 
+    own_weight  d(weight) gets a buffer of its own, if any
     None where one sweep cannot do it: no head to differentiate, a teacher without logits, too small a workspace.
     """
     student, teacher = batch.student, batch.teacher
     if not isinstance(student, HeadRows) or isinstance(teacher, TopKRows) or not any(need):
         return None
-    wide = need[1] and student.weight.dtype == torch.float32
+    wide = student.weight.dtype == torch.float32
     widths = student.width, teacher.width
-    return divided(batch.workspace, n_rows, slots, student.vocab, widths, student.device.type, need[1] and not wide)
+    lent = 4 * student.weight.numel() if need[1] and wide and own_weight and slots else 0
+    narrow = need[1] and not wide
+    return divided(batch.workspace, n_rows, slots, student.vocab, widths, student.device.type, narrow, lent)
 
 
 def divided(
-    workspace: int, n_rows: int, slots: int, vocab: int, widths: tuple[int, int], device: str, narrow_weight: bool
+    workspace: int,
+    n_rows: int,
+    slots: int,
+    vocab: int,
+    widths: tuple[int, int],
+    device: str,
+    narrow_weight: bool,
+    lent: int = 0,
 ) -> Layout | None:
     """A workspace of so many bytes divided among row blocks, stash and tiles, or None where the blocks get too short.
 
     narrow_weight  d(weight) has 16 bits, so that a sum over several blocks needs an fp32 (V, H) beside it
+    lent           bytes of d(weight), which is written last and holds the row blocks until then
     """
     fewest, most = ROWS.get(device, OTHER_ROWS)
     tiles = min(workspace // 4, TILES_MIB * 2**20)
     left = workspace - tiles - 4 * slots * (vocab + 3 * widths[0])  # hidden rows, weighted, gradient
     if slots == 0 and n_rows > most and narrow_weight:
         left -= 4 * vocab * widths[0]
-    rows = min(left // (8 * vocab + 12 * sum(widths)), most, max(n_rows, 1))
-    return None if rows < min(fewest, max(n_rows, 1)) else Layout(rows, slots, tiles)
+    most, gathered = min(most, max(n_rows, 1)), 12 * sum(widths)
+    rows = min(left // (8 * vocab + gathered), most)
+    borrowed = min(left // gathered, lent // (8 * vocab), most)
+    if max(rows, borrowed) < min(fewest, max(n_rows, 1)):
+        return None
+    return Layout(max(rows, borrowed), slots, tiles, borrowed >= rows and borrowed > 0)
 
 
-def stash_layout(batch: Batch, need: tuple[bool, ...], rule: Rule) -> Layout | None:
+def stash_layout(batch: Batch, need: tuple[bool, ...], rule: Rule, own_weight: bool) -> Layout | None:
     """The layout for measuring all rows with a stash for the rule's choice, or None where it cannot be speculated on.
 
     Speculating reads counts on the host, which is free on a CPU alone; a random rule would draw more than once.
@@ -92,7 +108,8 @@ def stash_layout(batch: Batch, need: tuple[bool, ...], rule: Rule) -> Layout | N
     if not free or not isinstance(rule, QuotaRule) or not rule.needs or hasattr(rule, "generator"):
         return None
     n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
-    return layout(batch, need, n_rows, stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts)))
+    slots = stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts))
+    return layout(batch, need, n_rows, slots, own_weight)
 
 
 def stash_slots(n_rows: int, capacity: int) -> int:
@@ -167,7 +184,12 @@ class OneSweep:
     def __init__(self, batch: Batch, lesson: Lesson, need: tuple[bool, ...], plan: Layout) -> None:
         self.batch, self.lesson, self.need, self.plan = batch, lesson, need, plan
         self.student, self.teacher = batch.student, batch.teacher
-        self.z_s, self.z_t = (torch.empty(plan.rows, self.student.vocab, device=self.student.device) for _ in range(2))
+        size, device, self.buffer = (plan.rows, self.student.vocab), self.student.device, None
+        if plan.borrow:
+            self.buffer = torch.empty_like(self.student.weight)
+            self.z_s, self.z_t = self.buffer.view(-1)[: 2 * math.prod(size)].view(2, *size)
+        else:
+            self.z_s, self.z_t = (torch.empty(size, device=device) for _ in range(2))
         self.fields: Fields = {}  # (N, ...) of everything measured, NaN where not
         self.losses = torch.full((batch.n_rows,), torch.nan, device=self.student.device)
         self.ce: Fields = {}  # (N,) normalisers and label log-probabilities at temperature 1
@@ -256,7 +278,9 @@ class OneSweep:
 
     def _gradients(self, ids: Tensor, passes: int, into: Tensor | None) -> HeadGradients:
         grad_filter = self.lesson.grad_filter
-        return HeadGradients(self.student, ids, self.need, passes=passes, into=into, grad_filter=grad_filter)
+        return HeadGradients(
+            self.student, ids, self.need, passes=passes, into=into, grad_filter=grad_filter, buffer=self.buffer
+        )
 
     def _take_in(
         self, gradients: HeadGradients, part: slice, dlogits: Tensor, weights: Tensor, dead: Tensor | None

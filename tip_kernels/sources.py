@@ -117,7 +117,10 @@ class LogitBlock:
 
     def tile(self, v0: int, v1: int, out: Tensor, weight: None = None) -> Tensor:
         """Logits of columns v0 to v1, fp32 (R, C), written into out."""
-        return out.copy_(_taken(self.source.leaves[0][..., v0:v1], self.rows))
+        columns = self.source.leaves[0].detach()[..., v0:v1]
+        if isinstance(self.rows, Tensor) and columns.dim() == 2 and columns.dtype == torch.float32:
+            return torch.index_select(columns, 0, self.rows, out=out)
+        return out.copy_(_taken(columns, self.rows))
 
 
 class HeadRows:

@@ -51,7 +51,8 @@ class Fold:
         self.want = want
         self.blends = sorted(name for name in want if isinstance(name, Blend))
         self.entropy = {model: f"entropy_{model}" in want for model in "st"}
-        self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(n_models + 1)]
+        scratch = 2 if "hellinger_sq" in want else 1
+        self.buffers = [torch.empty(n_rows, n_cols, device=device) for _ in range(n_models + scratch)]
 
     def __call__(
         self, x_s: Tensor, x_t: Tensor | None, unit: float | Tensor, room: list[Tensor] | None = None
@@ -61,23 +62,20 @@ class Fold:
         room  (R, C) of each model to work in; without it x_s and x_t are overwritten
         """
         banned = [_clamp_banned(x) for x in (x_s, x_t) if x is not None]
-        scratch, *h = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
+        scratch, *e = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
         state: State = {}
-        u: list[Tensor] = []
-        for model, x, place, h_x in zip("st", (x_s, x_t), room or (x_s, x_t), h, strict=False):
+        w: list[Tensor] = []  # 2u: e = 2^(2u) takes no squaring
+        for model, x, place, e_x in zip("st", (x_s, x_t), room or (x_s, x_t), e, strict=False):
             if x is not None:
                 k = x.amax(1, keepdim=True)
-                state[f"k_{model}"] = k.squeeze(1)
-                u.append(torch.sub(x, k, out=place).mul_(unit))
-                torch.exp2(u[-1], out=h_x)
+                w.append(torch.sub(x, k, out=place).mul_(2.0 * unit))
+                torch.exp2(w[-1], out=e_x)
+                state |= {f"k_{model}": k.squeeze(1), f"L_{model}": e_x.sum(1)}
+                if self.entropy[model]:
+                    state[f"A_{model}"] = torch.mul(e_x, w[-1], out=scratch).sum(1).mul_(0.5)
         if "hellinger_sq" in self.want:
-            torch.sub(h[1], h[0], out=scratch)
-            state["Q"] = scratch.mul_(scratch).sum(1)
-        for model, u_x, h_x in zip("st", u, h, strict=False):
-            e = h_x.mul_(h_x)
-            state[f"L_{model}"] = e.sum(1)
-            if self.entropy[model]:
-                state[f"A_{model}"] = torch.mul(e, u_x, out=scratch).sum(1)
+            torch.sqrt(e[0], out=e[2]).sub_(torch.sqrt(e[1], out=scratch))
+            state["Q"] = e[2].mul_(e[2]).sum(1)
         if x_t is None or not (self.blends or self.want & {"kl_fwd", "kl_rev"}):
             return state
         ban_s = ban_t = None
@@ -86,21 +84,21 @@ class Fold:
             ban_s, ban_t = (torch.zeros_like(x_s, dtype=torch.bool) if b is None else b for b in banned)
             state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
         for blend in self.blends:
-            state |= _fold_blend(blend, *u, ban_s, ban_t, scratch)
-        gap = u[1].sub_(u[0])
+            state |= _fold_blend(blend, *w, ban_s, ban_t, scratch)
+        gap = w[1].sub_(w[0])
         if ban_s is not None:
             gap.masked_fill_(ban_s | ban_t, 0.0)
         if "kl_fwd" in self.want:
-            state["D_t"] = torch.mul(h[1], gap, out=scratch).sum(1)
+            state["D_t"] = torch.mul(e[1], gap, out=scratch).sum(1).mul_(0.5)
         if "kl_rev" in self.want:
-            state["D_s"] = torch.mul(h[0], gap, out=scratch).sum(1).neg_()
+            state["D_s"] = torch.mul(e[0], gap, out=scratch).sum(1).mul_(-0.5)
         return state
 
 
 def _fold_blend(
-    blend: Blend, u_s: Tensor, u_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
+    blend: Blend, w_s: Tensor, w_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
 ) -> State:
-    w = torch.mul(u_t, blend.a, out=scratch).add_(u_s, alpha=blend.b)
+    w = torch.mul(w_t, 0.5 * blend.a, out=scratch).add_(w_s, alpha=0.5 * blend.b)
     if ban_s is not None:  # a token that either model bans adds nothing; an infinite sum is known by its flag
         zero = torch.zeros_like(ban_s)
         w.masked_fill_((ban_t if blend.a else zero) | (ban_s if blend.b else zero), FLOOR)
