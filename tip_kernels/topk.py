@@ -172,8 +172,9 @@ class TopKRows:
         logp = logp.masked_fill(~listed, -torch.inf)
         if self.tail == "bucket":
             # 1 - t_max is exact to a rounding of itself, so that little of a small rest is lost
-            top, place = logp.max(1, keepdim=True)
-            rest = (-top.expm1() - logp.exp().scatter(1, place, 0.0).sum(1, keepdim=True)).squeeze(1)
+            fine = logp.double()
+            top, place = fine.max(1, keepdim=True)
+            rest = (-top.expm1() - fine.exp().scatter(1, place, 0.0).sum(1, keepdim=True)).squeeze(1).float()
             none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))
             rest = rest.clamp(min=LEAST_REST).log().masked_fill(none, -torch.inf)
             logp = torch.cat([logp, rest.unsqueeze(1)], 1)
