@@ -638,3 +638,23 @@ def test_hidden_states_cut_in_time_are_not_copied_and_give_the_same_gradient():
         grads.append(torch.autograd.grad(out.loss, (hidden, weight)))
     for ours, expected in zip(*grads, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "divergence", [tip.SampledReverseKL(), tip.SampledReverseKL().clipped(5.0)], ids=["", "clipped"]
+)
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.filterwarnings("ignore:tip_kernels.distill")
+def test_the_label_loss_alone_drops_broken_rows_and_no_others(divergence, sweeps):
+    """Row 0 has no label, which is a loss of 0; row 1 has none and is NaN in the student, row 2 is in the teacher."""
+    student, teacher = student_case(6), teacher_case(6)
+    student.hidden[1], teacher.hidden[2] = NAN, NAN
+    labels = torch.tensor([-100, -100, 3, 4, 5, 6])
+    case = student.leaves()
+    options = {"labels": labels, "ce_weight": 1.0, "select": tip.KeepAll(), "divergence": divergence}
+    out = tip.distill(case.head, teacher.head, sweeps=sweeps, **options)
+    assert out.plan.dropped_rows == 2
+    expected = torch.nn.functional.cross_entropy(student.logits()[3:], labels[3:], reduction="sum") / 4
+    torch.testing.assert_close(out.loss.detach(), expected)
+    out.loss.backward()
+    assert all(x.grad.isfinite().all() for x in case.tensors)

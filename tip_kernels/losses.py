@@ -224,11 +224,13 @@ def differentiated(student: Rows, teacher: Rows, task: RowTask) -> tuple[Tensor,
         terms.append(row_grad.Term(weight, term.gradient, term.params, term.scalars(row)))
     factor = task.factor if isinstance(task.factor, Tensor) else torch.full_like(value, task.factor)
     limit = task.divergence.max_per_row
-    if limit is not None:
+    if task.muted:  # the divergence matters no more, but a NaN row stays one
+        loss = 0.0 * (normalisers["logsum_s"] + normalisers["logsum_t"])
+    elif limit is not None:
         loss = value.clamp(max=limit) * factor
         factor = torch.where(value > limit, 0.0, factor)
     else:
-        loss = torch.zeros_like(value) if task.muted else value * factor
+        loss = value * factor
     reads_labels = task.ce is not None or any("label_factor" in term.rows for term in terms)
     labels = task.labels[task.ids] if reads_labels else None
     if task.ce is not None:
