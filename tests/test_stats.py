@@ -139,6 +139,14 @@ def test_hellinger_of_nearly_equal_rows_keeps_its_digits(target):
     assert ((ours.double() - truth).abs() / truth).max() < 0.03
 
 
+@pytest.mark.parametrize("spreads", [(2.5, 0.125), (6.0, 0.5), (0.5, 6.0)], ids=str)
+@pytest.mark.parametrize("vocab", [2100, 32000])
+def test_a_flat_model_beside_a_peaked_one_keeps_its_digits(vocab, spreads):
+    """Their masses over their largest logits differ by orders of magnitude."""
+    z_s, z_t = (spread * normal(15, vocab, seed=seed) for seed, spread in zip((1, 2), spreads, strict=True))
+    check_stats(tip.token_stats(z_s, z_t), (z_s.double(), z_s), (z_t.double(), z_t))
+
+
 def test_equal_rows_are_at_distance_zero():
     s, _ = ordinary(8, 1500)
     stats = tip.token_stats(s, s.clone(), margins=True)

@@ -5,18 +5,22 @@ Half-exponent form, with z the logits, T the temperature, c = 2 ln 2: k = max z,
     L = sum e                 lse = k / T + ln L
     A = sum e u               entropy = ln L - c A / L
     D_t = sum e_t (u_t - u_s) KL(t||s) = c D_t / L_t + ln(L_s / L_t)            D_s is the mirror
-    Q = sum (h_t - h_s)^2     1 - sum sqrt(p_t p_s) = (Q - (sqrt L_t - sqrt L_s)^2) / (2 sqrt(L_t L_s))
+    Q = sum (h_t - h_s)^2     H = 1 - sum sqrt(p_t p_s) = (Q - (sqrt L_t - sqrt L_s)^2) / (2 sqrt(L_t L_s))
 
 D and Q accumulate differences, so nearly equal rows do not cancel; k is subtracted before anything is rounded. A state
 recentres exactly: when k grows by -c T d, with r = 2^d and a = r^2 (the L on the right are the old ones)
 
-    A <- a (A + d L)                         D_t <- a_t (D_t + (d_t - d_s) L_t)
-    Q <- r_t r_s Q + (r_t - r_s) (r_t L_t - r_s L_s)                            L <- a L
+    A <- a (A + d L)          D_t <- a_t (D_t + (d_t - d_s) L_t)                L <- a L
 
-so states merge associatively: recentre to the larger k, then add. A blend ln sum p_t^a p_s^b keeps a maximum of its
-own, of w = a u_t + b u_s, which moves by a d_t + b d_s when the shifts do. A banned token (z = -inf) is clamped to
-FLOOR and its differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes
-KL(t||s) infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
+H needs no shift: it is that of a part's own distributions, p / (the part's share w^2 of p), and the whole has
+
+    H = sum over parts of w_t w_s H + (w_t - w_s)^2 / 2
+
+which cancels nowhere; Q of a whole row would, where one model is much flatter than the other. So states merge
+associatively: recentre to the larger k, then add. A blend ln sum p_t^a p_s^b keeps a maximum of its own, of w = a u_t +
+b u_s, which moves by a d_t + b d_s when the shifts do. A banned token (z = -inf) is clamped to FLOOR and its
+differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes KL(t||s)
+infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
 
 R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
 """
@@ -75,7 +79,10 @@ class Fold:
                     state[f"A_{model}"] = torch.mul(e_x, w[-1], out=scratch).sum(1).mul_(0.5)
         if "hellinger_sq" in self.want:
             torch.sqrt(e[0], out=e[2]).sub_(torch.sqrt(e[1], out=scratch))
-            state["Q"] = e[2].mul_(e[2]).sum(1)
+            root_s, root_t = state["L_s"].sqrt(), state["L_t"].sqrt()
+            drift = (state["L_t"] - state["L_s"]) / (root_t + root_s)
+            spread = e[2].mul_(e[2]).sum(1) - drift * drift
+            state["H"] = (spread / (2 * root_s * root_t)).clamp_(0.0, 1.0)
         if x_t is None or not (self.blends or self.want & {"kl_fwd", "kl_rev"}):
             return state
         ban_s = ban_t = None
@@ -139,9 +146,9 @@ def merge(parts: list[State], unit: float | Tensor) -> State:
         if f"D_{model}" in p:
             shifted = p[f"D_{model}"] + (d[model] - d[other]) * p[f"L_{model}"]
             out[f"D_{model}"] = (a[model] * shifted).sum(0)
-    if "Q" in p:
-        drift = (r["t"] - r["s"]) * (r["t"] * p["L_t"] - r["s"] * p["L_s"])
-        out["Q"] = (r["t"] * r["s"] * p["Q"] + drift).sum(0)
+    if "H" in p:
+        w_s, w_t = (r[model] * (p[f"L_{model}"] / out[f"L_{model}"]).sqrt() for model in "st")
+        out["H"] = (w_t * w_s * p["H"] + 0.5 * (w_t - w_s).square()).sum(0)
     for flag in ("ban_s", "ban_t"):
         if flag in p:
             out[flag] = p[flag].amax(0)
@@ -168,14 +175,14 @@ def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tenso
     for field, model, other in (("kl_fwd", "t", "s"), ("kl_rev", "s", "t")):
         if f"D_{model}" in state:
             total, total_other = state[f"L_{model}"], state[f"L_{other}"]
-            log_ratio = torch.log1p((total_other - total) / total)
+            more = (total_other - total) / total
+            # log1p keeps the digits of a small difference, and has none left of a ratio near 0
+            log_ratio = torch.where(more.abs() < 0.5, torch.log1p(more), torch.log(total_other / total))
             kl = (NATS * state[f"D_{model}"] / total + log_ratio).clamp_(min=0.0)
             kl = torch.where(state[f"ban_{other}"] > 0, torch.inf, kl)
             out[field] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, kl)
-    if "Q" in state:
-        root_s, root_t = state["L_s"].sqrt(), state["L_t"].sqrt()
-        drift = (state["L_t"] - state["L_s"]) / (root_t + root_s)
-        hellinger_sq = ((state["Q"] - drift * drift) / (2 * root_s * root_t)).clamp_(0.0, 1.0)
+    if "H" in state:
+        hellinger_sq = state["H"].clamp(0.0, 1.0)
         out["hellinger_sq"] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, hellinger_sq)
     for blend in [name for name in state if isinstance(name, Blend)]:
         logs = blend.a * out["logsum_t"] + blend.b * out["logsum_s"]
