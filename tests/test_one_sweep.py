@@ -146,6 +146,18 @@ def test_the_units_are_the_products_taken_and_frozen_leaves_cost_none(blocks, ki
         assert (x.grad is None) == (name in frozen)
 
 
+@pytest.mark.parametrize("kind", ["KeepAll", "SoftOr", "TopEntropy"])
+def test_one_sweep_takes_a_weight_in_any_layout(blocks, kind):
+    student, teacher = models()
+    student.weight, teacher.weight = (x.weight.t().contiguous().t() for x in (student, teacher))
+    case = HeadCase(leaf(student.hidden), student.weight.detach().requires_grad_())
+    assert not case.weight.is_contiguous()
+    tip.distill(case.head, teacher.head, select=KINDS[kind], sweeps=1).loss.backward()
+    _, grads = step(*models(), select=KINDS[kind], sweeps=2)
+    for x, g in zip(case.tensors, grads, strict=True):
+        torch.testing.assert_close(x.grad, g, rtol=1e-4, atol=2e-6 * g.abs().amax())
+
+
 def test_a_deceived_speculation_projects_again_and_is_as_right(blocks):
     student, teacher = head_case(N, V, 32, seed=20), head_case(N, V, 32, seed=30)
     student.hidden.mul_(torch.linspace(2, 0.01, N).unsqueeze(1))

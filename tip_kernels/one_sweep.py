@@ -186,7 +186,7 @@ class OneSweep:
         self.student, self.teacher = batch.student, batch.teacher
         size, device, self.buffer = (plan.rows, self.student.vocab), self.student.device, None
         if plan.borrow:
-            self.buffer = torch.empty_like(self.student.weight)
+            self.buffer = torch.empty(self.student.weight.shape, device=device)
             self.z_s, self.z_t = self.buffer.view(-1)[: 2 * math.prod(size)].view(2, *size)
         else:
             self.z_s, self.z_t = (torch.empty(size, device=device) for _ in range(2))
