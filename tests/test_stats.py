@@ -139,6 +139,16 @@ def test_hellinger_of_nearly_equal_rows_keeps_its_digits(target):
     assert ((ours.double() - truth).abs() / truth).max() < 0.03
 
 
+@pytest.mark.parametrize("vocab", [200, 2100])
+@pytest.mark.parametrize("case", ["banned_in_both", "banned_in_student", "banned_in_teacher", "banned_tiles"])
+def test_banned_tokens_at_a_temperature_near_zero_are_no_nan(case, vocab):
+    z_s, z_t = PAIRS[case](4, vocab)
+    truth = ref.token_stats(z_s.double() / 1e-9, z_t.double() / 1e-9)
+    ours = tip.token_stats(z_s, z_t, temperature=1e-9)
+    for name in ("lse_s", "entropy_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
+        torch.testing.assert_close(getattr(ours, name).double(), truth[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("spreads", [(2.5, 0.125), (6.0, 0.5), (0.5, 6.0)], ids=str)
 @pytest.mark.parametrize("vocab", [2100, 32000])
 def test_a_flat_model_beside_a_peaked_one_keeps_its_digits(vocab, spreads):

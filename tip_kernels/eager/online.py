@@ -18,9 +18,9 @@ H needs no shift: it is that of a part's own distributions, p / (the part's shar
 
 which cancels nowhere; Q of a whole row would, where one model is much flatter than the other. So states merge
 associatively: recentre to the larger k, then add. A blend ln sum p_t^a p_s^b keeps a maximum of its own, of w = a u_t +
-b u_s, which moves by a d_t + b d_s when the shifts do. A banned token (z = -inf) is clamped to FLOOR and its
-differences count as 0; `ban_s` says that the student bans a token which the teacher allows, which makes KL(t||s)
-infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
+b u_s, which moves by a d_t + b d_s when the shifts do. A banned token (z = -inf) is clamped to FLOOR, so that its
+differences are finite and 0 times them is 0; `ban_s` says that the student bans a token which the teacher allows, which
+makes KL(t||s) infinite, whatever the token's probability. FLOOR is a power of two, so that products with it are exact.
 
 R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
 """
@@ -69,10 +69,12 @@ class Fold:
         scratch, *e = [b[: x_s.shape[0], : x_s.shape[1]] for b in self.buffers]
         state: State = {}
         w: list[Tensor] = []  # 2u: e = 2^(2u) takes no squaring
-        for model, x, place, e_x in zip("st", (x_s, x_t), room or (x_s, x_t), e, strict=False):
+        for model, x, place, e_x, ban in zip("st", (x_s, x_t), room or (x_s, x_t), e, banned, strict=False):
             if x is not None:
                 k = x.amax(1, keepdim=True)
                 w.append(torch.sub(x, k, out=place).mul_(2.0 * unit))
+                if ban is not None:
+                    w[-1].clamp_(min=FLOOR)  # a small temperature would overflow it
                 torch.exp2(w[-1], out=e_x)
                 state |= {f"k_{model}": k.squeeze(1), f"L_{model}": e_x.sum(1)}
                 if self.entropy[model]:
@@ -92,9 +94,7 @@ class Fold:
             state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
         for blend in self.blends:
             state |= _fold_blend(blend, *w, ban_s, ban_t, scratch)
-        gap = w[1].sub_(w[0])
-        if ban_s is not None:
-            gap.masked_fill_(ban_s | ban_t, 0.0)
+        gap = w[1].sub_(w[0])  # finite, so that a banned token's e, which is 0, takes it out
         if "kl_fwd" in self.want:
             state["D_t"] = torch.mul(e[1], gap, out=scratch).sum(1).mul_(0.5)
         if "kl_rev" in self.want:
@@ -136,7 +136,7 @@ def merge(parts: list[State], unit: float | Tensor) -> State:
         if f"k_{model}" in p:
             k = p[f"k_{model}"]
             out[f"k_{model}"] = k.amax(0)
-            d[model] = (k - out[f"k_{model}"]) * unit
+            d[model] = ((k - out[f"k_{model}"]) * unit).clamp(min=FLOOR)
             r[model] = torch.exp2(d[model])
             a[model] = r[model] * r[model]
             out[f"L_{model}"] = (a[model] * p[f"L_{model}"]).sum(0)
@@ -175,10 +175,7 @@ def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tenso
     for field, model, other in (("kl_fwd", "t", "s"), ("kl_rev", "s", "t")):
         if f"D_{model}" in state:
             total, total_other = state[f"L_{model}"], state[f"L_{other}"]
-            more = (total_other - total) / total
-            # log1p keeps the digits of a small difference, and has none left of a ratio near 0
-            log_ratio = torch.where(more.abs() < 0.5, torch.log1p(more), torch.log(total_other / total))
-            kl = (NATS * state[f"D_{model}"] / total + log_ratio).clamp_(min=0.0)
+            kl = (NATS * state[f"D_{model}"] / total + torch.log(total_other / total)).clamp_(min=0.0)
             kl = torch.where(state[f"ban_{other}"] > 0, torch.inf, kl)
             out[field] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, kl)
     if "H" in state:
