@@ -209,3 +209,38 @@ def test_a_failure_is_reported_and_the_next_stage_runs(monkeypatch, tmp_path, ca
     assert gpu.main([]) == 1
     assert "update" in fake.commands[-1]
     assert "FAILED: " in capsys.readouterr().out
+
+
+def test_the_tables_of_the_readmes_are_those_of_the_results():
+    run = bench("tables", "--check")
+    assert run.returncode == 0, run.stdout
+
+
+def test_step_measures_ours_and_holds_it_to_its_targets(tmp_path):
+    sizes = ["--tokens", "64", "--hidden", "16", "--vocab", "600", "--repeats", "1"]
+    run = bench("step", *sizes, "--only", "ours", "dense eager", "--json", str(tmp_path / "step.json"))
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "step.json").read_text())
+    rows = {row["step"]: row for row in found["rows"]}
+    assert len(rows) == 6 and all(row["time_ms"] > 0 for row in rows.values())
+    assert rows["ours, all tokens"]["loss"] == pytest.approx(rows["dense eager"]["loss"], rel=1e-5)
+    assert {"dense eager over ours at 0.2", "worst |planned / measured - 1|"} <= {v["target"] for v in found["targets"]}
+    for v in found["targets"]:
+        assert v["met"] == (v["value"] <= v["bound"] if v["at_most"] else v["value"] >= v["bound"])
+
+
+def test_precision_finds_ours_within_its_targets(tmp_path):
+    pytest.importorskip("transformers")
+    run = bench("precision", "--tokens", "16", "--hidden", "16", "--vocab", "300", "--json", str(tmp_path / "p.json"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    dense = next(row for row in rows if row["step"] == "dense eager" and row["dtype"] == "bf16")
+    assert dense["kl_0.02"] > 1e-2  # what bfloat16 logits cost
+
+
+def test_scale_fits_an_exponent_for_each_axis(tmp_path):
+    run = bench("scale", "--largest", "3", "--repeats", "1", "--json", str(tmp_path / "scale.json"))
+    curves = json.loads((tmp_path / "scale.json").read_text())["curves"]
+    assert [c["axis"] for c in curves] == ["tokens", "tokens", "vocabulary", "vocabulary"], run.stderr
+    assert all(0.3 < c["exponent"] < 2 for c in curves)
+    assert all(r["transient_mib"] < 64 + r["per_row_mib"] for c in curves for r in c["rows"])
