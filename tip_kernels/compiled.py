@@ -37,6 +37,8 @@ def _packed(rows: Rows | None) -> tuple[list[Tensor], list[float], torch.dtype]:
     """(leaves, [scale, softcap or 0], dtype of the products) of a source."""
     if rows is None:
         return [], [1.0, 0.0], torch.float32
+    if rows.shard is not None:
+        raise ValueError("vocab_group: expected None under torch.compile, whose ops hold no process group")
     dtype = rows.dtype if isinstance(rows, HeadRows) else rows.leaves[0].dtype
     return list(rows.leaves), [float(rows.scale), float(rows.softcap or 0.0)], dtype
 

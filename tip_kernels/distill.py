@@ -19,7 +19,7 @@ from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_
 from tip_kernels.measure import LABEL_FIELDS, TOP_FIELDS, with_logits
 from tip_kernels.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
 from tip_kernels.select import KeepAll, Kept, Rule, SoftOr
-from tip_kernels.sources import Head, HeadRows, check_pair, rows_of, teacher_rows
+from tip_kernels.sources import Head, HeadRows, pair_of
 from tip_kernels.stats import TokenStats, check_labels
 from tip_kernels.topk import TopK, TopKRows
 
@@ -34,7 +34,8 @@ class Plan:
                    "two sweeps": measure, then one gradient sweep over kept rows in backward
                    "two sweeps, the second by rows": the kept rows are projected once more, measured and learned from
                    at a time, where that saves a third sweep
-    units          products of N x H x V that forward and a full backward take, by the rows of each sweep
+    units          products of N x H x V that forward and a full backward take, by the rows of each sweep; with a
+                   vocab_group V is this rank's share
     workspace_mib  what the call may use beyond inputs, gradients and (N,) tensors
     kept_rows      () int64 on the device: how many rows were kept
     dropped_rows   () int64 on the device: kept rows of weight 0 because their loss is NaN or infinite
@@ -123,8 +124,7 @@ def distill(
     divergence = ReverseKL() if divergence is None else divergence
     expect(isinstance(select, Rule), "select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
-    rows_s, rows_t = rows_of(student, "student"), teacher_rows(teacher)
-    check_pair(rows_s, rows_t)
+    rows_s, rows_t = pair_of(student, teacher)
     check_listed(rows_t, divergence, temperature)
     if isinstance(rows_t, TopKRows):
         ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
@@ -156,6 +156,8 @@ def distill(
     expect(
         grad_filter is None or isinstance(grad_filter, GradFilter), "grad_filter", "a GradFilter or None", grad_filter
     )
+    if grad_filter is not None and rows_s.shard is not None:
+        raise ValueError("grad_filter: expected None with a vocab_group, since its correction needs the whole head")
     if isinstance(grad_scale, Tensor):
         expect(grad_scale.dim() == 0 and backward, "grad_scale", "a () tensor with backward=True", grad_scale)
     else:
@@ -234,8 +236,8 @@ def _learned(
         return "one sweep", one.stats(partial=not with_teacher), kept, valid, learned
     if sweeps == 1:
         raise ValueError(
-            "sweeps: expected 2 or None, since one sweep takes a student's Head that needs a gradient, a teacher with "
-            "logits, a temperature known beforehand, a rule that is known beforehand or has a quota and no generator "
+            "sweeps: expected 2 or None, since one sweep takes a student's whole Head that needs a gradient, a teacher "
+            "with logits, a temperature known beforehand, a rule known beforehand or with a quota and no generator "
             f"(the latter on a CPU), and whole rows of logits within workspace_mib; got 1 for {select}"
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import finite_number
+from tip_kernels.parallel import added_up
 from tip_kernels.sources import HeadRows
 
 
@@ -157,6 +158,8 @@ class HeadGradients:
         """The gradients of the leaves in their dtypes and shapes; None of weight where it was added elsewhere."""
         student, hidden, weight = self.student, None, None
         if self.need_hidden:
+            if student.shard is not None:
+                added_up(self.hidden, student.shard.group)
             if self.filter is not None:
                 self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)
             hidden = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)

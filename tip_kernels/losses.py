@@ -27,14 +27,7 @@ from tip_kernels.measure import (
     measure,
 )
 from tip_kernels.select import Kept
-from tip_kernels.sources import (
-    Head,
-    LogitRows,
-    Rows,
-    check_pair,
-    rows_of,
-    teacher_rows,
-)
+from tip_kernels.sources import Head, LogitRows, Rows, pair_of
 from tip_kernels.stats import TokenStats
 from tip_kernels.sweeps import TWICE, CrossEntropy, GradientSweep, LeafSweep, OutcomeSweep, Sweep
 from tip_kernels.topk import (
@@ -85,8 +78,7 @@ def divergence_loss(
     """
     divergence = ReverseKL() if divergence is None else divergence
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
-    rows_s, rows_t = rows_of(student, "student"), teacher_rows(teacher)
-    check_pair(rows_s, rows_t)
+    rows_s, rows_t = pair_of(student, teacher)
     check_listed(rows_t, divergence, temperature)
     temperature = row_temperature(temperature, rows_s.batch_shape, rows_s.device)
     _check_grad_logits(grad_logits, student)

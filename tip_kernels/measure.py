@@ -1,11 +1,13 @@
 """The measuring sweep: walks rows and vocabulary tile by tile and leaves a handful of numbers a row.
 
-R rows of a block, C columns of a tile, V vocabulary.
+R rows of a block, C columns of a tile, V vocabulary. A rank of a vocabulary-parallel group walks its own columns; what
+it leaves of a block of rows is gathered and merged as the parts of a row are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from tip_kernels.backends import backend_for
 from tip_kernels.eager import online
 from tip_kernels.eager.online import Blend
 from tip_kernels.eager.toplist import TopList
+from tip_kernels.parallel import merged_states
 from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import (
     PARTIAL_FIELDS,
@@ -69,16 +72,17 @@ def measure(
     sources, listed = with_logits(student, teacher), isinstance(teacher, TopKRows)
     triton = backend_for(student.device) == "triton" and not listed
     blends = frozenset(name for name in want if isinstance(name, Blend))
-    lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and not triton))
+    lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and (not triton or student.shard)))
     with torch.autocast(student.device.type, enabled=False):
         in_place = record is None and all(is_read_in_place(source) for source in sources)
         if triton and not blends and not lists and in_place:
             out = _measure_logits(sources, want, rows, labels, temperature, workspace)
-        elif triton and not blends and not lists and record is None and _is_fused(sources, want, n_rows):
+        elif triton and not (blends or lists or student.shard) and record is None and _is_fused(sources, want, n_rows):
             out = _measure_hidden(sources, rows, labels, temperature, workspace)
         else:
             block, columns = tile_shape(n_rows, sources, workspace, buffers=15 if lists else 6, whole_parts=triton)
-            engines = [] if listed else _engines(triton, sources, want, blends, block, columns)
+            margins = bool(want & MARGIN_FIELDS) and not lists
+            engines = [] if listed else _engines(triton, sources, want, blends, margins, block, columns)
             buffers = [torch.empty(block * columns, device=source.device) for source in sources]
             done = []
             for r0 in range(0, max(n_rows, 1), block):
@@ -116,7 +120,11 @@ class Engine(Protocol):
     def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
         """tiles (R, C) of one or two models, fp32 logits at temperature 1; scratch of their shapes, maybe the same."""
 
-    def finish(self) -> dict[str | Blend, Tensor]: ...
+    def state(self) -> dict[Hashable, Tensor]:
+        """What was taken in, fp32 of one shape on every rank."""
+
+    def finish(self, states: list[dict[Hashable, Tensor]]) -> dict[str | Blend, Tensor]:
+        """The statistics of all that the states have taken in."""
 
 
 class EagerEngine:
@@ -133,8 +141,11 @@ class EagerEngine:
         unit = self.unit.unsqueeze(1) if isinstance(self.unit, Tensor) else self.unit
         self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit, scratch))
 
-    def finish(self) -> dict[str | Blend, Tensor]:
-        return online.finish(online.merge(self.parts, self.unit), self.temperature)
+    def state(self) -> online.State:
+        return online.merge(self.parts, self.unit)
+
+    def finish(self, states: list[online.State]) -> dict[str | Blend, Tensor]:
+        return online.finish(online.merge(states, self.unit), self.temperature)
 
 
 class ListedEngine:
@@ -159,9 +170,12 @@ class ListedEngine:
         hide_columns(tiles[0], self.ids, v0)
         self.parts.append(self.fold(tiles[0], None, 1 / online.NATS))
 
-    def finish(self) -> dict[str | Blend, Tensor]:
+    def state(self) -> online.State:
+        return online.merge(self.parts, 1 / online.NATS)
+
+    def finish(self, states: list[online.State]) -> dict[str | Blend, Tensor]:
         unit = 1 / online.NATS
-        rest = online.merge(self.parts, unit)
+        rest = online.merge(states, unit)
         out = online.finish(online.merge([rest, self.fold_listed(self.z.clone(), None, unit)], unit), 1.0)
         some = rest["k_s"] > online.FLOOR
         return out | {
@@ -174,29 +188,45 @@ class ListedEngine:
 class TritonEngine:
     """The fold of kernels/row_stats.py, on tiles that a library's GEMM made."""
 
-    def __init__(self, vocab: int, n_models: int, margins: bool, device: torch.device) -> None:
+    def __init__(self, columns: int, widest: int, n_models: int, margins: bool, device: torch.device) -> None:
         from tip_kernels.kernels import row_stats
 
-        self.kernels, self.vocab, self.device = row_stats, vocab, device
+        self.kernels, self.columns, self.widest, self.device = row_stats, max(columns, 1), max(widest, 1), device
         self.settings = {"teacher": n_models == 2, "margins": margins}
 
     def start(self, n_rows: int, temperature: float | Tensor) -> None:
-        self.state = self.kernels.new_state(n_rows, self.vocab, self.device, temperature=temperature, **self.settings)
+        settings = self.settings | {"temperature": temperature}
+        self.rows = self.kernels.new_state(n_rows, self.columns, self.device, **settings)
 
     def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
-        self.kernels.fold_tile(self.state, *tiles, column=v0)
+        self.kernels.fold_tile(self.rows, *tiles, column=v0)
 
-    def finish(self) -> dict[str | Blend, Tensor]:
-        return self.kernels.finish(self.state)
+    def state(self) -> dict[Hashable, Tensor]:
+        sums, part = self.rows.sums, self.rows.part
+        if missing := -(-self.widest // part) - sums.shape[1]:  # parts that wider ranks have: nothing but banned tokens
+            empty = sums.new_zeros(sums.shape[0], missing, sums.shape[2])
+            empty[[0, 3] if self.settings["teacher"] else [0]] = online.FLOOR
+            sums = torch.cat([sums, empty], 1)
+        return {"sums": sums}
+
+    def finish(self, states: list[dict[Hashable, Tensor]]) -> dict[str | Blend, Tensor]:
+        sums = [state["sums"] for state in states]
+        return self.kernels.finish(replace(self.rows, sums=sums[0] if len(sums) == 1 else torch.cat(sums, 1)))
 
 
 def _engines(
-    triton: bool, sources: list[Rows], want: frozenset[str | Blend], blends: frozenset[Blend], rows: int, columns: int
+    triton: bool,
+    sources: list[Rows],
+    want: frozenset[str | Blend],
+    blends: frozenset[Blend],
+    margins: bool,
+    rows: int,
+    columns: int,
 ) -> list[Engine]:
     device, n_models = sources[0].device, len(sources)
     if not triton:
         return [EagerEngine(rows, columns, n_models, want, device)]
-    engines: list[Engine] = [TritonEngine(sources[0].vocab, n_models, bool(want & MARGIN_FIELDS), device)]
+    engines: list[Engine] = [TritonEngine(sources[0].columns, sources[0].widest, n_models, margins, device)]
     return [*engines, EagerEngine(rows, columns, n_models, blends, device)] if blends else engines
 
 
@@ -305,36 +335,51 @@ def _measure_block(
     top_k: int,
     copies: list[Tensor | None],
 ) -> dict[str | Blend, Tensor]:
-    """The statistics of one block of rows: walks the vocabulary tile by tile. temperature is a float or (R,).
+    """The statistics of one block of rows: walks the columns tile by tile. temperature is a float or (R,).
 
     copies  (R, V) of each source that its tiles are left in, or None
     """
-    n_rows, vocab, device = blocks[0].n_rows, blocks[0].source.vocab, buffers[0].device
+    n_rows, source, device = blocks[0].n_rows, blocks[0].source, buffers[0].device
+    labels = None if labels is None else labels - source.first
     tops = [TopList(n_rows, max(top_k, 2), device) for _ in blocks] if lists else []
     z_label = [torch.full((n_rows,), torch.nan, device=device) for _ in blocks]
     for engine in engines:
         engine.start(n_rows, temperature)
-    for v0, v1 in columns_of(vocab, columns):
+    for v0, v1 in columns_of(max(source.columns, 1), columns):
         views = [buffer[: n_rows * (v1 - v0)].view(n_rows, v1 - v0) for buffer in buffers]
         places = [view if copy is None else copy[:, v0:v1] for copy, view in zip(copies, views, strict=True)]
         tiles = [block.tile(v0, v1, place) for block, place in zip(blocks, places, strict=True)]
         for top, z, other in zip(tops, tiles, tiles[::-1], strict=False):
-            top.update(z, other, v0)
+            top.update(z, other, source.first + v0)
         if labels is not None:
-            inside = (labels >= v0) & (labels < v1)
+            inside = (labels >= v0) & (labels < min(v1, source.columns))
             place = (labels - v0).clamp(0, v1 - v0 - 1).unsqueeze(1)
             z_label = [
                 torch.where(inside, z.gather(1, place).squeeze(1), old) for z, old in zip(tiles, z_label, strict=True)
             ]
         for engine in engines:
             engine.add(tiles, v0, views)
+    mine = [engine.state() for engine in engines]
+    mine += [dict(enumerate(z_label))] if labels is not None else []
+    mine += [top.state() for top in tops] if source.shard else []
+    states = list(zip(*merged_states(mine, source.shard), strict=True))
     out: dict[str | Blend, Tensor] = {}
-    for engine in reversed(engines):
-        out |= engine.finish()
+    for engine, parts in reversed(list(zip(engines, states, strict=False))):
+        out |= engine.finish(list(parts))
+    if source.shard:
+        if labels is not None:
+            z_label = [_only(torch.stack([part[i] for part in states[len(engines)]])) for i in range(len(z_label))]
+        for top, parts in zip(reversed(tops), reversed(states), strict=False):
+            top.merge(list(parts))
     if labels is not None:
         for model, z in zip("st", z_label, strict=False):
             out |= _label_field(model, z, temperature, out)
     return out | (_list_fields(tops, out, top_k, want, temperature) if lists else {})
+
+
+def _only(z: Tensor) -> Tensor:
+    """(R,) the one value of each column of (P, R) that is no NaN, if there is one."""
+    return torch.where(z.isnan().all(0), torch.nan, torch.where(z.isnan(), -torch.inf, z).amax(0))
 
 
 def _label_field(
@@ -411,7 +456,7 @@ def tile_shape(
     whole_parts  columns come in multiples of what a program of the Triton fold reads
     slice_width  of an fp32 slice of d(weight), for each column
     """
-    width, vocab = sum(source.width for source in sources), sources[0].vocab
+    width, vocab = sum(source.width for source in sources), max(sources[0].widest, 1)  # the same blocks on every rank
     # On a CPU a tile stays in the second-level cache; elsewhere it must be large enough to fill the device.
     rows, columns = (256, 1024) if sources[0].device.type == "cpu" else (2048, 8192)
     if whole_parts:

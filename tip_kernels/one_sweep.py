@@ -62,7 +62,7 @@ def layout(batch: Batch, need: tuple[bool, ...], n_rows: int, slots: int = 0, ow
     None where one sweep cannot do it: no head to differentiate, a teacher without logits, too small a workspace.
     """
     student, teacher = batch.student, batch.teacher
-    if not isinstance(student, HeadRows) or isinstance(teacher, TopKRows) or not any(need):
+    if not isinstance(student, HeadRows) or student.shard or isinstance(teacher, TopKRows) or not any(need):
         return None
     wide = student.weight.dtype == torch.float32
     widths = student.width, teacher.width

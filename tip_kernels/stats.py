@@ -19,7 +19,7 @@ from tip_kernels.measure import (
     check_label_range,
     measure,
 )
-from tip_kernels.sources import Head, Rows, check_pair, rows_of, teacher_rows
+from tip_kernels.sources import Head, Rows, pair_of, rows_of
 from tip_kernels.topk import TopK, TopKRows, check_request
 
 
@@ -101,10 +101,7 @@ def token_stats(
 
     Raises ValueError naming the argument. Method: online softmax with recentred moments (tip_kernels/eager/online.py).
     """
-    rows_s = rows_of(student, "student")
-    rows_t = None if teacher is None else teacher_rows(teacher)
-    if rows_t is not None:
-        check_pair(rows_s, rows_t)
+    rows_s, rows_t = (rows_of(student, "student"), None) if teacher is None else pair_of(student, teacher)
     expect(is_int(top_k) and top_k >= 0, "top_k", "an int of at least 0", top_k)
     expect(top_k == 0 or teacher is not None, "top_k", "0 without a teacher", top_k)
     flag("margins", margins)

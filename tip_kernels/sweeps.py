@@ -15,6 +15,7 @@ from tip_kernels.divergences import Divergence
 from tip_kernels.eager import row_grad
 from tip_kernels.head_gradients import GradFilter, HeadGradients
 from tip_kernels.measure import IGNORE_LABEL, columns_of, is_read_in_place, tile_shape, with_logits
+from tip_kernels.parallel import added_up
 from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import TopKRows, add_columns, hide_columns
 
@@ -80,16 +81,21 @@ class Sweep:
             for part in parts or [slice(0, 0)]:
                 blocks = [student.block(self.ids[part]), teacher.block(self.ids[part])]
                 totals: list[dict[str, Tensor]] = []
-                for v0, v1 in columns_of(student.vocab, columns):
+                for v0, v1 in columns_of(max(student.columns, 1), columns):
                     z_s, z_t = _tiles(blocks, [None, None], buffers, v0, v1)
                     sums = self._tile_sums(z_s, z_t, terms, part)
                     totals = (
                         [{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums
                     )
                 done.append(totals)
-        return [
+        sums = [
             {name: torch.cat([totals[i][name] for totals in done]) for name in done[0][i]} for i in range(len(terms))
         ]
+        if student.shard is None:
+            return sums
+        every = added_up(torch.stack([x for named in sums for x in named.values()]), student.shard.group)
+        rows = iter(every)
+        return [{name: next(rows) for name in named} for named in sums]
 
     def _tile_sums(self, z_s: Tensor, z_t: Tensor, terms: list[row_grad.Term], part: slice) -> list[dict[str, Tensor]]:
         if self.backend == "triton":
@@ -204,7 +210,7 @@ class LeafSweep:
         sources, all_ids = with_logits(student, teacher), self.sweep.ids
         parts, columns, buffers = self.sweep.blocks(sources, buffers=7, slice_width=student.width)
         sums = HeadGradients(student, all_ids, need, into=self.weight_into, grad_filter=self.grad_filter)
-        for v0, v1 in columns_of(student.vocab, columns):
+        for v0, v1 in columns_of(student.columns, columns):
             with sums.columns(v0, v1) as tile:
                 weights = [tile, *(_weight_tile(source, v0, v1) for source in sources[1:])]
                 for part in parts:
@@ -278,13 +284,13 @@ class GradientSweep(LeafSweep):
         z_s, z_t = z
         up = upstream[part] * student.scale
         slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
-        dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, v0)
+        dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, student.first + v0)
         g = self._divergence_gradient(z_s, z_t, part, up * self.factor[part])
         for term in self.terms:
             if "label_factor" in term.rows:
                 value = term.weight * term.rows["label_factor"][part] * up * self.factor[part]
                 value = value.unsqueeze(1) / self.sweep.temperature_at(part)
-                add_columns(g, self.labels[part].unsqueeze(1), v0, value)
+                add_columns(g, self.labels[part].unsqueeze(1), student.first + v0, value)
         if self.clipped:  # a clipped row may be an infinite one, whose g is not finite
             g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
         if dce is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOTHING = -2139095041 << 32  # the key of -inf at the highest id
+
 
 class TopList:
     """The k largest entries of R rows seen so far, with what another matrix holds at the same places.
@@ -30,6 +32,19 @@ class TopList:
         if payload is not None:
             both = torch.cat([self.payload, payload.gather(1, places)], 1)
             self.payload = both.gather(1, order[:, : self.k])
+
+    def state(self) -> dict[str, Tensor]:
+        """Keys and payload in exactly k columns, so that states have the same shape whatever was taken in."""
+        room = (0, self.k - self.keys.shape[1])
+        state = {"keys": torch.nn.functional.pad(self.keys, room, value=NOTHING)}
+        return state | ({"payload": torch.nn.functional.pad(self.payload, room)} if self.payload.shape[1] else {})
+
+    def merge(self, states: list[dict[str, Tensor]]) -> None:
+        """Becomes the list of what all the states have taken in, which had different ids."""
+        self.keys, order = torch.cat([state["keys"] for state in states], 1).sort(1, descending=True)
+        self.keys = self.keys[:, : self.k]
+        if "payload" in states[0]:
+            self.payload = torch.cat([state["payload"] for state in states], 1).gather(1, order[:, : self.k])
 
     @property
     def ids(self) -> Tensor:

@@ -1,0 +1,294 @@
+"""What the processes of test_parallel.py run: checks that every rank of a gloo group makes, against one process.
+
+A check is a function of a group of P ranks; it raises where something is wrong. Every check gets groups of its own, so
+that one that fails on some rank leaves the others' collectives alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, leaf, normal, relative_error
+from torch import Tensor
+
+import tip_kernels as tip
+
+RANKS = 4
+BANNED = -(2.0**101)  # a logit so low is banned, and times 0 it is 0
+CHECKS: dict[str, tuple[Callable, int]] = {}  # name: the check and its P
+
+
+def check(*sizes: int) -> Callable:
+    def register(function: Callable) -> Callable:
+        CHECKS.update({f"{function.__name__}[{size}]": (function, size) for size in sizes})
+        return function
+
+    return register
+
+
+def run_all(rank: int, folder: str, names: list[str]) -> None:
+    """Makes the checks called names, and writes what failed on this rank."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.set_warn_always(False)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=20), RANKS, rank)
+    failures = {}
+    for name in names:
+        function, size = CHECKS[name]
+        groups = [dist.new_group(range(i, i + size), timeout=timedelta(seconds=20)) for i in range(0, RANKS, size)]
+        try:
+            function(groups[rank // size])
+        except Exception:
+            failures[name] = traceback.format_exc()
+    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- vocabulary-parallel
+
+
+def bounds(size: int, rows: int, padded: bool = False) -> list[int]:
+    """Uneven shards; of four ranks the second has nothing, and where padded the last has padding only."""
+    return [0, rows * 2 // 3, rows] if size == 2 else [0, rows // 4, rows // 4, rows * 9 // 10, rows]
+
+
+def shard(group: dist.ProcessGroup, x: Tensor | None, cuts: list[int] | None = None) -> Tensor | None:
+    """This rank's rows of x."""
+    if x is None:
+        return None
+    rank, cuts = dist.get_rank(group), cuts or bounds(group.size(), x.shape[0])
+    return x.detach()[cuts[rank] : cuts[rank + 1]].clone()
+
+
+def parts(group: dist.ProcessGroup, head: tip.Head) -> tip.Head:
+    """The same head, of which this rank has a shard."""
+    weight, bias = shard(group, head.weight), shard(group, head.bias)
+    if head.weight.requires_grad:
+        weight, bias = leaf(weight), None if bias is None else leaf(bias)
+    options = {"scale": head.scale, "softcap": head.softcap, "vocab_size": head.vocab_size, "vocab_group": group}
+    return tip.Head(leaf(head.hidden) if head.hidden.requires_grad else head.hidden, weight, bias, **options)
+
+
+def head_of_logits(z: Tensor) -> tip.Head:
+    """A head whose logits are z: the identity times z."""
+    return tip.Head(torch.eye(z.shape[0]), z.t().masked_fill(z.t() == -INF, BANNED).contiguous())
+
+
+def fields_of(stats: tip.TokenStats) -> dict[str, Tensor]:
+    return {name: x for name, x in vars(stats).items() if not name.startswith("_") and x is not None}
+
+
+def same_on_all_ranks(group: dist.ProcessGroup, what: str, x: Tensor) -> None:
+    every = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(every, x.contiguous(), group=group)
+    for other in every:
+        torch.testing.assert_close(other, x, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def close(what: str, ours: Tensor, one: Tensor, floor: float = 2e-6) -> None:
+    """Equal within fp32 rounding to one process."""
+    if ours.is_floating_point():
+        torch.testing.assert_close(ours, one, rtol=2e-6, atol=floor, equal_nan=True, msg=lambda text: f"{what}: {text}")
+    else:
+        assert torch.equal(ours, one), f"{what}: {ours.tolist()} instead of {one.tolist()}"
+
+
+@check(2, 4)
+def vocabulary_parallel_statistics_equal_one_process(group):
+    n, v = 24, 150
+    labels = labels_for(n, v)
+    for temperature in (1.0, torch.linspace(0.5, 2.0, n)):
+        for name, pair in PAIRS.items():
+            z_s, z_t = pair(n, v)
+            heads = head_of_logits(z_s), head_of_logits(z_t)
+            asked = {"labels": labels, "temperature": temperature, **EVERY_FIELD}
+            one = tip.token_stats(*heads, **asked)
+            ours = tip.token_stats(parts(group, heads[0]), parts(group, heads[1]), **asked, workspace_mib=1)
+            for field, value in fields_of(one).items():
+                close(f"{name}, {field}", getattr(ours, field), value)
+                same_on_all_ranks(group, f"{name}, {field}", getattr(ours, field))
+
+
+def losses() -> dict[str, tuple[tip.Divergence, float]]:
+    """Divergences of both classes, clipped and mixed, with a weight of the label loss."""
+    return {
+        "forward": (tip.ForwardKL(), 0.0),
+        "reverse and labels": (tip.ReverseKL(), 0.3),
+        "blend": (tip.Renyi(0.5) + 0.5 * tip.AlphaBeta(0.2, 0.7), 0.0),
+        "hellinger, clipped": (tip.HellingerSq().clipped(0.5), 0.2),
+        "jsd": (tip.JSD(0.3), 0.0),
+        "skew, tvd, todi": (tip.SkewForwardKL(0.1) + tip.SkewReverseKL(0.1) + tip.TVD() + tip.ToDi(), 0.1),
+        "sampled": (tip.SampledReverseKL(), 0.0),
+    }
+
+
+def gradients(head: tip.Head) -> list[Tensor]:
+    return [x.grad for x in (head.hidden, head.weight, head.bias) if x is not None]
+
+
+@check(2, 4)
+def vocabulary_parallel_gradients_equal_one_process(group):
+    n, v = 20, 1300
+    labels = labels_for(n, 1100)
+    mask = torch.arange(n) % 7 != 2
+    everything = losses()
+    for i, (name, options) in enumerate(HEADS.items()):
+        case = head_case(n, v, 16, seed=60, **options)
+        case.hidden[4] = NAN  # a row, not its neighbours
+        teacher = head_case(n, v, 24, seed=70, vocab_size=options.get("vocab_size"))
+        several = list(everything.items()) if name in ("plain", "vocab_size") else [list(everything.items())[i]]
+        for loss, (divergence, ce_weight) in several:
+            temperature = torch.linspace(0.5, 2.0, n) if i % 2 else 0.7
+            settings = {"select": tip.SoftOr(0.5, scope="batch"), "divergence": divergence, "ce_weight": ce_weight}
+            settings |= {"labels": labels, "row_mask": mask, "temperature": temperature, "temperature_sq": i == 2}
+            whole = case.leaves().head
+            one = tip.distill(whole, teacher.head, **settings, sweeps=2)
+            one.loss.backward()
+            for other in (parts(group, teacher.head), teacher.head):  # a teacher in shards, and a whole one
+                own = parts(group, whole)
+                out = tip.distill(own, other, **settings, workspace_mib=1)
+                out.loss.backward()
+                what = f"{name}, {loss}"
+                close(f"{what}: loss", out.loss.detach(), one.loss.detach())
+                assert torch.equal(out.kept.mask, one.kept.mask), what
+                same_on_all_ranks(group, what, out.loss.detach())
+                same_on_all_ranks(group, what, own.hidden.grad)
+                truth = gradients(whole)
+                truth[1:] = [shard(group, x) for x in truth[1:]]
+                for leaf_name, ours, theirs in zip(("hidden", "weight", "bias"), gradients(own), truth, strict=False):
+                    error = relative_error(ours, theirs.double())
+                    assert ours.isfinite().all() and error <= 3e-6, f"{what}: d({leaf_name}) is off by {error:.1e}"
+            assert one.loss > 0, what
+
+
+@check(2)
+def vocabulary_parallel_losses_of_banned_rows_equal_one_process(group):
+    n, v = 24, 150
+    for name, pair in PAIRS.items():
+        z_s, z_t = pair(n, v)
+        student, teacher = head_of_logits(z_s), head_of_logits(z_t)
+        largest = z_s[z_s.isfinite()].abs().amax().item()
+        for divergence in (tip.ForwardKL(), tip.Jeffreys(), tip.JSD(0.5), tip.TVD()):
+            rows, ours = [], []
+            for head in (student, parts(group, student)):
+                leaves = tip.Head(leaf(head.hidden), leaf(head.weight), vocab_group=head.vocab_group)
+                loss = tip.divergence_loss(leaves, teacher, divergence=divergence)
+                torch.where(loss.detach().isfinite(), loss, 0.0).sum().backward()
+                rows.append(loss.detach())
+                ours.append(leaves)
+            close(f"{name}, {divergence}", rows[1], rows[0])
+            # d(weight) is that of the logits; d(hidden) is its product with them
+            floor = 2e-7 * max(1.0, largest)
+            close(f"{name}, {divergence}", ours[1].weight.grad, shard(group, ours[0].weight.grad), floor=floor)
+            if z_s.isfinite().all():  # else it holds BANNED, of other rows
+                close(f"{name}, {divergence}", ours[1].hidden.grad, ours[0].hidden.grad, floor=floor * largest)
+
+
+@check(2)
+def vocabulary_parallel_on_the_triton_backend_equals_one_process(group):
+    """Interpreted. A shard narrower than a program's part, and one of several parts."""
+    n, v = 3, 8192 + 2500
+    student, teacher = (head_case(n, v, 8, seed=seed).leaves().head for seed in (80, 90))
+    labels = torch.tensor([5, 9000, -100])
+    asked = {"labels": labels, "margins": True}
+    with tip.backend("triton"):
+        one = tip.token_stats(student, teacher, **asked)
+        cuts = [0, 8192 + 100, v]
+        rank, weight = dist.get_rank(group), shard(group, student.weight, cuts)
+        own = tip.Head(leaf(student.hidden), leaf(weight), vocab_group=group)
+        ours = tip.token_stats(own, teacher, **asked)
+        for field, value in fields_of(one).items():
+            close(field, getattr(ours, field), value)
+        for head in (student, own):
+            rows = tip.divergence_loss(head, teacher, divergence=tip.JSD(0.3), stats=one if head is student else ours)
+            rows.sum().backward()
+    assert relative_error(own.hidden.grad, student.hidden.grad.double()) <= 3e-6
+    assert relative_error(own.weight.grad, student.weight.grad[cuts[rank] : cuts[rank + 1]].double()) <= 3e-6
+
+
+def refusal(call: Callable) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+@check(2)
+def what_shards_cannot_do_is_refused_alike_on_every_rank(group):
+    rank, hidden, weight = dist.get_rank(group), normal(6, 8, seed=1), normal(40, 8, seed=2)
+    own = tip.Head(hidden, shard(group, weight), vocab_group=group)
+    elsewhere = tip.Head(hidden, shard(group, weight, [0, 20, 40]), vocab_group=group)
+    listed = tip.TopK(torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1))
+    for said, call in {
+        "teacher: expected its vocabulary cut where the student's is, at tokens [0, 26, 40], got [0, 20, 40]": lambda: (
+            tip.token_stats(own, elsewhere)
+        ),
+        "teacher: expected the student's vocab_group, or none": lambda: tip.token_stats(tip.Head(hidden, weight), own),
+        "teacher: expected logits or a Head": lambda: tip.token_stats(own, listed),
+        "teacher: expected the student's vocabulary of 40 entries, got 39": lambda: tip.token_stats(
+            own, weight[:6, :1].expand(6, 39)
+        ),
+        "vocab_size: expected an int from 1 to the 40 weight rows of all ranks, got 41": lambda: tip.token_stats(
+            tip.Head(hidden, own.weight, vocab_size=41, vocab_group=group)
+        ),
+        "vocab_group: expected the same vocab_size of the head on all ranks, got [30, 31]": lambda: tip.token_stats(
+            tip.Head(hidden, own.weight, vocab_size=30 + rank, vocab_group=group)
+        ),
+        "vocab_group: expected hidden of the same shape on all ranks, got [6, 5]": lambda: tip.token_stats(
+            tip.Head(hidden[rank:], own.weight, vocab_group=group)
+        ),
+        "labels: expected values from 0 to 39": lambda: tip.token_stats(own, labels=torch.full((6,), 40)),
+        "vocab_group: expected a process group": lambda: tip.Head(hidden, own.weight, vocab_group="tp"),
+        "sweeps: expected 2 or None, since one sweep takes a student's whole Head": lambda: tip.distill(
+            tip.Head(hidden, leaf(own.weight), vocab_group=group), own, sweeps=1
+        ),
+        "grad_filter: expected None with a vocab_group": lambda: tip.distill(
+            own, own, grad_filter=tip.GradFilter(1e-4)
+        ),
+    }.items():
+        text = refusal(call)
+        assert text.startswith(said), text
+
+
+@check(2)
+def a_dtensor_head_is_gathered_or_with_a_group_measured_in_shards(group):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    student, teacher = head_case(12, 41, 8, seed=1).leaves().head, head_case(12, 41, 8, seed=2).head
+    rank, settings = dist.get_rank(group), {"select": tip.SoftOr(0.5), "divergence": tip.Jeffreys()}
+    tip.distill(student, teacher, **settings).loss.backward()
+    # Tensor parallel: the rows are the same
+    weight = distribute_tensor(student.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    hidden = leaf(student.hidden)
+    tip.distill(tip.Head(hidden, weight, vocab_group=group), teacher, **settings).loss.backward()
+    assert weight.grad.placements == (Shard(0),)
+    assert relative_error(weight.grad.full_tensor(), student.weight.grad.double()) <= 3e-6
+    assert relative_error(hidden.grad, student.hidden.grad.double()) <= 3e-6
+    # FSDP2: ranks have rows of their own, the gradient is the mean over the ranks
+    weight, hidden = distribute_tensor(student.weight.detach(), mesh, [Shard(0)]).requires_grad_(), leaf(student.hidden)
+    mine = slice(0, 8) if rank == 0 else slice(8, 12)
+    rows = tip.Head(hidden[mine], weight), tip.Head(teacher.hidden[mine], teacher.weight)
+    tip.divergence_loss(*rows).sum().backward()
+    student.weight.grad = None
+    (0.5 * tip.divergence_loss(student, teacher).sum()).backward()
+    assert weight.grad.placements == (Shard(0),)
+    assert relative_error(weight.grad.full_tensor(), student.weight.grad.double()) <= 3e-6
+    # Ambiguous or impossible
+    replicated = distribute_tensor(student.weight.detach(), mesh, [Replicate()])
+    text = refusal(lambda: tip.Head(hidden, replicated, vocab_group=group))
+    assert text.startswith("weight: expected a DTensor sharded on dim 0 over the ranks of vocab_group"), text
+    text = refusal(lambda: tip.Head(distribute_tensor(student.hidden.detach(), mesh, [Shard(0)]), weight))
+    assert text.startswith("hidden: expected a plain tensor, or a DTensor that is replicated"), text
