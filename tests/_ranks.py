@@ -292,3 +292,134 @@ def a_dtensor_head_is_gathered_or_with_a_group_measured_in_shards(group):
     assert text.startswith("weight: expected a DTensor sharded on dim 0 over the ranks of vocab_group"), text
     text = refusal(lambda: tip.Head(distribute_tensor(student.hidden.detach(), mesh, [Shard(0)]), weight))
     assert text.startswith("hidden: expected a plain tensor, or a DTensor that is replicated"), text
+
+
+# ---- data-parallel: selection over ranks with rows of their own
+
+
+def counts(size: int) -> list[int]:
+    """Rows by rank: uneven, and none on one of four."""
+    return [31, 9] if size == 2 else [17, 0, 20, 3]
+
+
+def own(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """This rank's rows of x."""
+    first = sum(counts(group.size())[: dist.get_rank(group)])
+    return x[first : first + counts(group.size())[dist.get_rank(group)]]
+
+
+def random_stats(n: int) -> tip.TokenStats:
+    """Statistics of n rows with a NaN, infinities and ties."""
+    gen = torch.Generator().manual_seed(5)
+    entropy, kl, h = (torch.rand(n, generator=gen) for _ in range(3))
+    entropy[3], kl[5], kl[20], h[7:9] = NAN, INF, INF, 0.5
+    entropy[10:14] = entropy[30]
+    fields = {"margin_t": h * 3, "mass_t_on_top_s": 1 - h, "logp_s": -kl, "logp_t": -h}
+    return tip.TokenStats(entropy_s=entropy, entropy_t=h, kl_fwd=kl, kl_rev=2 * kl, hellinger_sq=h, **fields)
+
+
+def rules(scope: str, group=None) -> list[tip.Rule]:
+    def drawn():
+        return torch.Generator().manual_seed(7)
+
+    made = []
+    for keep in (0.3, 7):
+        at = {"keep": keep, "scope": scope, "group": group}
+        made += [tip.SoftOr(**at), tip.SoftOr(**at, normalize="minmax"), tip.TopEntropy(**at), tip.TopDivergence(**at)]
+        made += [tip.TopHellinger(**at), tip.TopMargin(**at), tip.RandomRows(**at, generator=drawn())]
+        made += [tip.Overconfident(**at, entropy_below=("quantile", 0.8), divergence_above=("quantile", 0.1))]
+        made += [tip.SampleEntropy(**at, gamma=1, generator=drawn(), unbiased=True)]
+        made += [tip.EntropyGap(**at, weighted=True), tip.CrossEntropyRatio(**at), tip.Teachability(**at)]
+        made += [tip.PositionPrefix(**at)]
+    return made
+
+
+@check(2, 4)
+def a_global_quota_keeps_what_one_process_would(group):
+    """And with rollout_ids each rollout's quota, though its rows lie on several ranks."""
+    n = 40
+    stats, mask = random_stats(n), torch.arange(n) % 5 != 1
+    ids = torch.arange(n) * 7 % 3
+    mine = tip.TokenStats(**{name: own(group, x) for name, x in fields_of(stats).items()})
+    for one, many in zip(rules("batch"), rules("global", group), strict=True):
+        kept = one(stats, mask)
+        ours = many(mine, own(group, mask))
+        assert torch.equal(ours.mask, own(group, kept.mask)), many
+        assert torch.equal(ours.scores, own(group, kept.scores)), many
+        if kept._weights is not None:
+            assert torch.equal(ours._weights, own(group, kept._weights)), many
+    for one, many in zip(rules("rollout"), rules("global", group), strict=True):
+        kept = one(stats, mask, rollout_ids=ids)
+        ours = many(mine, own(group, mask), rollout_ids=own(group, ids))
+        assert torch.equal(ours.mask, own(group, kept.mask)), many
+    text = refusal(lambda: tip.TopEntropy(0.3 + 0.1 * dist.get_rank(group), scope="global", group=group)(mine))
+    assert text.startswith("scope: expected 'global' selections of one kind on all ranks"), text
+
+
+@check(2, 4)
+def distill_over_ranks_adds_up_to_one_process(group):
+    """Rows of their own on every rank, one of which has none of the kept ones; the selection and the gradient."""
+    n = 40
+    student, teacher = head_case(n, 50, 8, seed=30).leaves().head, head_case(n, 50, 8, seed=31)
+    first, last = 0, counts(group.size())[0]
+    with torch.no_grad():
+        teacher.hidden[first:last] *= 0.01
+        student.hidden[first:last] *= 0.01  # both flat and alike: nothing is kept of the first rank
+    mask = torch.arange(n) % 4 != 1
+    for normalizer in ("kept", "all"):
+        for rule, divergence in (
+            ("TopDivergence", tip.ReverseKL()),
+            ("TopHellinger", tip.JSD(0.5)),
+            ("RandomRows", tip.TVD()),
+        ):
+            gen = {"generator": torch.Generator().manual_seed(3)} if rule == "RandomRows" else {}
+            settings = {"divergence": divergence, "normalizer": normalizer, "workspace_mib": 4}
+            one = tip.distill(
+                student, teacher.head, select=getattr(tip, rule)(0.15, scope="batch", **gen), row_mask=mask, **settings
+            )
+            student.hidden.grad = student.weight.grad = None
+            one.loss.backward()
+            scores = one.kept.scores[mask].sort().values
+            quota = int(one.kept.mask.sum())
+            assert rule == "RandomRows" or scores[-quota] - scores[-quota - 1] > 1e-5
+            gen = {"generator": torch.Generator().manual_seed(3)} if rule == "RandomRows" else {}
+            hidden, weight = leaf(own(group, student.hidden)), leaf(student.weight)
+            out = tip.distill(
+                tip.Head(hidden, weight),
+                tip.Head(own(group, teacher.hidden), teacher.weight),
+                select=getattr(tip, rule)(0.15, scope="global", group=group, **gen),
+                row_mask=own(group, mask),
+                **settings,
+            )
+            out.loss.backward()
+            assert torch.equal(out.kept.mask, own(group, one.kept.mask)), rule
+            assert rule == "RandomRows" or dist.get_rank(group) or not out.kept.mask.any()
+            total = out.loss.detach().clone()
+            dist.all_reduce(total, group=group)
+            close(rule, total, one.loss.detach())
+            dist.all_reduce(weight.grad, group=group)
+            assert relative_error(weight.grad, student.weight.grad.double()) <= 3e-6, rule
+            assert relative_error(hidden.grad, own(group, student.hidden.grad).double()) <= 3e-6, rule
+
+
+@check(4)
+def shards_of_the_vocabulary_and_of_the_rows_go_together(group):
+    """Two ranks of rows, each of two shards."""
+    rank = dist.get_rank(group)
+    rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
+    shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
+    student, teacher = head_case(30, 50, 8, seed=30).leaves().head, head_case(30, 50, 8, seed=31)
+    one = tip.distill(student, teacher.head, select=tip.SoftOr(0.3, scope="batch"))
+    one.loss.backward()
+    mine = slice(0, 19) if rank < 2 else slice(19, 30)
+    hidden, weight = leaf(student.hidden[mine]), leaf(shard(shards, student.weight))
+    own_head = tip.Head(hidden, weight, vocab_group=shards)
+    own_teacher = tip.Head(teacher.hidden[mine], teacher.weight)
+    out = tip.distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global", group=rows))
+    out.loss.backward()
+    assert torch.equal(out.kept.mask, one.kept.mask[mine])
+    dist.all_reduce(weight.grad, group=rows)
+    assert relative_error(weight.grad, shard(shards, student.weight.grad).double()) <= 3e-6
+    assert relative_error(hidden.grad, student.hidden.grad[mine].double()) <= 3e-6
+    text = refusal(lambda: tip.distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global")))
+    assert text.startswith("select: expected a group beside scope 'global'"), text

@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from tip_kernels import parallel
 from tip_kernels._checks import flat_rows
 from tip_kernels.divergences import Divergence
 from tip_kernels.eager.online import Blend
@@ -20,7 +21,7 @@ from tip_kernels.measure import (
     measure,
     with_logits,
 )
-from tip_kernels.select import Kept, Rule
+from tip_kernels.select import Kept, Rule, spans_ranks
 from tip_kernels.sources import Rows
 from tip_kernels.stats import TokenStats, stats_record
 from tip_kernels.topk import TopKRows
@@ -150,9 +151,11 @@ class Batch:
         out = torch.full((self.n_rows, *value.shape[1:]), empty, dtype=value.dtype, device=value.device)
         return out.index_copy_(0, ids, value)
 
-    def normalizer(self, kind: str | float, w: Tensor) -> Tensor | float:
-        """What the weighted sum of losses is divided by."""
+    def normalizer(self, kind: str | float, w: Tensor, rule: Rule | None = None) -> Tensor | float:
+        """What the weighted sum of losses is divided by: over all ranks where that is the rule's scope."""
         if kind not in ("kept", "all"):
             return kind
         total = w.sum() if kind == "kept" else self.sane.sum().float()
+        if spans_ranks(rule):
+            total = parallel.total(total, rule.group)
         return torch.where(total == 0, 1.0, total)

@@ -18,7 +18,7 @@ from tip_kernels.head_gradients import GradFilter, gradient_of_its_own
 from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
 from tip_kernels.measure import LABEL_FIELDS, TOP_FIELDS, with_logits
 from tip_kernels.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
-from tip_kernels.select import KeepAll, Kept, Rule, SoftOr
+from tip_kernels.select import KeepAll, Kept, Rule, SoftOr, spans_ranks
 from tip_kernels.sources import Head, HeadRows, pair_of
 from tip_kernels.stats import TokenStats, check_labels
 from tip_kernels.topk import TopK, TopKRows
@@ -98,7 +98,9 @@ def distill(
                       measured at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits
     temperature_sq    multiplies each row's divergence by its temperature squared
     normalizer        "kept" = sum of w (the number of kept rows without weights), "all" = unmasked rows that no
-                      measurement found NaN, or a positive number
+                      measurement found NaN, or a positive number. With a rule of scope "global" both are of all ranks,
+                      so that the ranks' losses add up to that of one process. DDP and FSDP average gradients over the
+                      ranks: multiply the loss by their number
     workspace_mib     MiB that the call may use beyond inputs, gradients and (N,) tensors; a Head's backward holds
                       d(hidden) of the kept rows once more, in fp32
     full_stats        measure both lse, entropies and KLs and hellinger_sq of every row, also where nothing needs them
@@ -126,6 +128,11 @@ def distill(
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
     rows_s, rows_t = pair_of(student, teacher)
     check_listed(rows_t, divergence, temperature)
+    if rows_s.shard is not None and spans_ranks(select) and select.group is None:
+        raise ValueError(
+            "select: expected a group beside scope 'global', that of the ranks with rows of their own, since those of "
+            "the student's vocab_group have the same, got None"
+        )
     if isinstance(rows_t, TopKRows):
         ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
         expect(ok, "select", "a rule that needs no logits of the teacher, which is a TopK", select)
@@ -183,7 +190,7 @@ def distill(
 
     usable = valid & torch.isfinite(learned.losses.detach())
     w = torch.where(usable, lesson.weights(ids, valid, kept), 0.0)
-    total = batch.normalizer(normalizer, w)
+    total = batch.normalizer(normalizer, w, select)
     loss = (w * torch.where(usable, learned.losses, 0.0)).sum() / total
     if learned.gradients is not None:
         loss = delivered(loss, learned, w, total, rows_s, rows_t)

@@ -32,7 +32,7 @@ from tip_kernels.eager.online import Blend
 from tip_kernels.head_gradients import GradFilter, HeadGradients
 from tip_kernels.losses import Once, RowTask, differentiated
 from tip_kernels.measure import columns_of, measure
-from tip_kernels.select import Kept, QuotaRule, Rule
+from tip_kernels.select import Kept, QuotaRule, Rule, spans_ranks
 from tip_kernels.sources import HeadRows, LogitRows, Rows
 from tip_kernels.stats import TokenStats
 from tip_kernels.sweeps import CrossEntropy
@@ -102,10 +102,11 @@ def divided(
 def stash_layout(batch: Batch, need: tuple[bool, ...], rule: Rule, own_weight: bool) -> Layout | None:
     """The layout for measuring all rows with a stash for the rule's choice, or None where it cannot be speculated on.
 
-    Speculating reads counts on the host, which is free on a CPU alone; a random rule would draw more than once.
+    Speculating reads counts on the host, which is free on a CPU alone; a random rule would draw more than once, and
+    ranks would have to choose together as often as the one with most rows.
     """
     free = batch.student.device.type == "cpu" and backend_for(batch.student.device) == "eager"
-    if not free or not isinstance(rule, QuotaRule) or not rule.needs or hasattr(rule, "generator"):
+    if not free or not isinstance(rule, QuotaRule) or not rule.needs or hasattr(rule, "generator") or spans_ranks(rule):
         return None
     n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
     slots = stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts))

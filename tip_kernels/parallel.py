@@ -11,6 +11,8 @@ P ranks, R rows of a block.
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,6 +165,61 @@ def added_up(x: Tensor, group: ProcessGroup | None) -> Tensor:
         with _collective(f"add up {x.numel() * x.element_size()} bytes", group):
             dist.all_reduce(x, group=group)
     return x
+
+
+def n_ranks(group: ProcessGroup | None) -> int:
+    """How many ranks a group has, None being all of them; 1 where torch.distributed is not in use."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(group)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone:
+        raise ValueError(
+            f"scope: expected torch.distributed.init_process_group before 'global', as WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}, got none"
+        )
+    return 1
+
+
+def total(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of x over the ranks, in float64 on the way."""
+    return x if n_ranks(group) == 1 else added_up(x.double(), group).to(x.dtype)
+
+
+def first_says(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The first rank's x, which has the same shape on all."""
+    if n_ranks(group) > 1 and x.numel():
+        with _collective(f"hear {x.numel() * x.element_size()} bytes of the first", group):
+            dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
+def concatenated(columns: list[Tensor], request: str, group: ProcessGroup | None) -> tuple[list[Tensor], slice]:
+    """The rows of all ranks, one rank's after the other's, and which are this one's.
+
+    columns  (N,) fp32, bool or int64 each, N being any number, also 0, on any rank
+    request  what is gathered for, in words: an error on every rank where not all have the same
+
+    Synchronises: how many rows there are decides the shapes.
+    """
+    if n_ranks(group) == 1:
+        return columns, slice(None)
+    n_rows, device = columns[0].numel(), columns[0].device
+    ranks = told([n_rows, len(columns), zlib.crc32(request.encode())], device, group)
+    if len({(width, sort) for _, width, sort in ranks}) > 1:
+        raise ValueError(f"scope: expected 'global' selections of one kind on all ranks, got on this one {request}")
+    counts = [rank[0] for rank in ranks]
+    widths = [x.element_size() // 4 or 1 for x in columns]
+    words = [x.int() if x.dtype == torch.bool else x.contiguous().view(torch.int32) for x in columns]
+    words = [x.view(n_rows, width) for x, width in zip(words, widths, strict=True)]
+    padded = words[0].new_zeros(max(counts), sum(widths))
+    padded[:n_rows] = torch.cat(words, 1)
+    rows = torch.cat([part[:count] for part, count in zip(all_gathered(padded, group), counts, strict=True)])
+    found = []
+    for x, part in zip(columns, rows.split(widths, 1), strict=True):
+        part = part.contiguous().flatten()
+        found.append(part.bool() if x.dtype == torch.bool else part.view(x.dtype))
+    first = sum(counts[: dist.get_rank(group)])
+    return found, slice(first, first + n_rows)
 
 
 def told(numbers: Sequence[int], device: torch.device, group: ProcessGroup | None) -> list[list[int]]:

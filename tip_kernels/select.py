@@ -6,8 +6,8 @@ Every rule is one mechanism with another score:
     scores       importance, larger is kept
     quota        max(min_rows, floor(keep m + 1e-6)) rows of every scope group, m = its population, never more than m
 
-Rows are flat, in order b*T + t. Nothing here synchronises with the host, except reading `Kept.row_ids`. R-numbers are
-those of reference/README.md.
+Rows are flat, in order b*T + t. Nothing here synchronises with the host, except reading `Kept.row_ids` and scope
+"global". R-numbers are those of reference/README.md.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tip_kernels import parallel
 from tip_kernels._checks import expect, finite_number, flat_rows, is_int
 from tip_kernels._ranking import best_of_groups, min_max, quantile, share_below
 from tip_kernels.stats import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Cut = float | tuple[str, float]  # a threshold: an absolute value, or ("quantile", q) over the population of the batch
 
@@ -100,14 +105,21 @@ class Rule:
         population = _unmasked(row_mask, shape, device)
         group = _rollouts(rollout_ids, shape, device)
         values = {name: _statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
-        if population.numel() == 0:
-            return Kept(population, torch.zeros(0, device=device))
         for value in values.values():
             population = population & ~value.isnan()
+        values, population, group, mine = self._of_all_ranks(values, population, group, rollout_ids is not None)
+        if population.numel() == 0:
+            return Kept(population, torch.zeros(0, device=device))
         # + 0.0 because a sort may tell -0.0 from 0.0.
         scores = torch.where(population, self._scores(values, population), -torch.inf) + 0.0
         mask, weights = self._choose(scores, values, population, group)
-        return Kept(mask, scores.float(), weights)
+        return Kept(mask[mine], scores[mine].float(), None if weights is None else weights[mine])
+
+    def _of_all_ranks(
+        self, values: dict[str, Tensor], population: Tensor, group: Tensor, named: bool
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, slice]:
+        """values, population and group of the rows that the rule looks at, and which of them are those it was given."""
+        return values, population, group, slice(None)
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
         """An upper bound of the number of kept rows that needs no look at the data.
@@ -182,8 +194,15 @@ class QuotaRule(Rule):
 
     keep      a float in (0, 1], the fraction kept of each group's population, or an int >= 1, its row budget (so 1.0 is
               every row and 1 is one row)
-    scope     what the quota is filled in: "rollout" or "batch". Normalisation is always over the batch
+    scope     what the quota is filled in: "rollout", "batch" or "global", all ranks of `group`: there with rollout_ids
+              each rollout has its quota, whose rows may lie on several ranks (context parallel), without them there is
+              one. Normalisation is over the batch, with "global" over all ranks'
     min_rows  int >= 0, the least quota of a group that has that many rows; 0 is the paper's floor
+    group     torch.distributed process group whose ranks have rows of their own, for "global"; None is all ranks
+
+    "global" chooses what one process would with the rows of all ranks, one rank's after the other's: a tie goes to the
+    earlier rank, random rules draw from the first rank's generator. Every rank of the group makes the same calls,
+    however many rows it has. It gathers what the rule reads, and synchronises once.
 
     Raises ValueError, naming the argument, for any other value.
     """
@@ -191,15 +210,36 @@ class QuotaRule(Rule):
     keep: float | int
     scope: str = field(default="rollout", kw_only=True)
     min_rows: int = field(default=1, kw_only=True)
+    group: ProcessGroup | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self):
         ok = self.keep >= 1 if is_int(self.keep) else isinstance(self.keep, float) and 0 < self.keep <= 1
         expect(ok, "keep", "a fraction in (0, 1] as a float, or an int of at least 1", self.keep)
-        hint = " (across ranks, 'global', is not offered yet)" if self.scope == "global" else ""
-        expect(self.scope in ("rollout", "batch"), "scope", f"'rollout' or 'batch'{hint}", self.scope)
+        expect(self.scope in ("rollout", "batch", "global"), "scope", "'rollout', 'batch' or 'global'", self.scope)
         expect(is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
+        if self.group is not None:
+            expect(self.scope == "global", "group", f"None with scope {self.scope!r}", self.group)
+            expect(parallel.is_group(self.group), "group", "a process group that this rank is in, or None", self.group)
+
+    def _of_all_ranks(self, values, population, group, named):
+        if self.scope != "global":
+            return values, population, group, slice(None)
+        if torch.compiler.is_compiling():
+            raise ValueError("scope: expected 'rollout' or 'batch' under torch.compile, got 'global'")
+        group = group if named else torch.zeros_like(group)
+        request = f"{type(self).__name__}(keep={self.keep}, min_rows={self.min_rows}){' with rollout_ids' * named}"
+        columns = [*values.values(), population, *([group] if named else [])]
+        (*rest, last), mine = parallel.concatenated(columns, request, self.group)
+        population, group = (rest.pop(), last) if named else (last, torch.zeros_like(last, dtype=torch.int64))
+        return dict(zip(values, rest, strict=True)), population, group, mine
+
+    def _drawn(self, noise: Tensor) -> Tensor:
+        """Noise that all ranks share."""
+        return parallel.first_says(noise, self.group) if self.scope == "global" else noise
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
+        if self.scope == "global" and not is_int(self.keep):  # one rank may have all the best rows
+            return n_rows
         if self.scope == "batch":
             n_groups = 1
         elif n_groups is None:
@@ -220,6 +260,11 @@ class QuotaRule(Rule):
     def _weights(self, values, population, mask, runner_up) -> Tensor | None:
         """(N,) fp32 row weights, or None; runner_up (N,) is the best score that was left out in the row's group."""
         return None
+
+
+def spans_ranks(rule: Rule | None) -> bool:
+    """Whether the rule looks at the rows of other ranks, too."""
+    return isinstance(rule, QuotaRule) and rule.scope == "global"
 
 
 @dataclass(frozen=True)
@@ -367,7 +412,8 @@ class RandomRows(QuotaRule):
 
     def _scores(self, values, population):
         _check_generator(self.generator, population.device)
-        return torch.rand(population.shape, generator=self.generator, dtype=torch.float64, device=population.device)
+        draw = torch.rand(population.shape, generator=self.generator, dtype=torch.float64, device=population.device)
+        return self._drawn(draw)
 
 
 @dataclass(frozen=True)
@@ -418,7 +464,7 @@ class SampleEntropy(QuotaRule):
     def _scores(self, values, population):
         _check_generator(self.generator, population.device)
         log_w = self._log_weights(values, population)
-        return log_w - torch.empty_like(log_w).exponential_(generator=self.generator).log()
+        return log_w - self._drawn(torch.empty_like(log_w).exponential_(generator=self.generator)).log()
 
     def _weights(self, values, population, mask, runner_up):
         if not self.unbiased:
