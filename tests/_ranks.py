@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -423,3 +425,21 @@ def shards_of_the_vocabulary_and_of_the_rows_go_together(group):
     assert relative_error(hidden.grad, student.hidden.grad[mine].double()) <= 3e-6
     text = refusal(lambda: tip.distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global")))
     assert text.startswith("select: expected a group beside scope 'global'"), text
+
+
+# ---- a rank that is gone
+
+
+def lose_a_rank(rank: int, way: str, folder: str) -> None:
+    """Rank 1 measures once and is then killed or stopped; rank 0 goes on, and writes what happened and when."""
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(seconds=3), 2, rank)
+    head = tip.Head(normal(6, 8, seed=1), normal(20, 8, seed=2 + rank), vocab_group=dist.group.WORLD)
+    tip.token_stats(head)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL if way == "killed" else signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        for _ in range(100):
+            tip.token_stats(head)
+    except RuntimeError as error:
+        Path(folder, "said.json").write_text(json.dumps([str(error), time.monotonic() - start]))

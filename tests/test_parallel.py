@@ -25,3 +25,22 @@ def failures(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", _ranks.CHECKS)
 def test_ranks(name, failures):
     assert name not in failures, failures[name]
+
+
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_rank_that_is_gone_is_an_error_on_the_others_and_no_hang(way, tmp_path):
+    """Killed, it breaks the connection; stopped, it lets the time-out of 3 s pass."""
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_ranks.lose_a_rank, args=(rank, way, str(tmp_path))) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(60)
+    alive = ranks[0].is_alive()
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert not alive, "the rank that was left hangs"
+    said, seconds = json.loads((tmp_path / "said.json").read_text())
+    assert said.startswith("tip_kernels: rank 0 of 2 could not gather"), said
+    assert "another rank died" in said
+    assert seconds < 10, f"took {seconds:.0f} s"
