@@ -116,6 +116,27 @@ def test_no_second_buffer_of_the_heads_size_is_made(rule, options, sweeps):
     assert at_once < 0.7 * head_mib and plain > head_mib
 
 
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.filterwarnings("ignore:tip_kernels.distill")
+def test_a_kept_row_of_infinite_loss_has_no_part_in_a_backward_at_once(sweeps):
+    """What is added to a gradient in place cannot be divided by another number afterwards."""
+    student, teacher = models()
+    ban = torch.zeros(N, V)
+    ban[5, 7] = ban[9, 3] = -torch.inf  # two rows whose KL(student || teacher) is infinite, and ranks first
+    other = teacher.logits() + ban
+    options = {"select": tip.TopDivergence(8), "sweeps": sweeps}
+    grads = []
+    for at_once in (False, True):
+        case = student.leaves()
+        case.weight.grad = torch.zeros(V, WIDTH)
+        out = tip.distill(case.head, other, backward=at_once, **options)
+        assert out.plan.dropped_rows == 2
+        if not at_once:
+            out.loss.backward()
+        grads.append(case.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+
+
 def test_a_scale_without_backward_is_refused():
     student, teacher = models()
     with pytest.raises(ValueError, match=r"^grad_scale: expected 1 without backward=True"):
@@ -174,6 +195,20 @@ def test_the_mean_row_makes_up_for_most_of_what_was_dropped():
     g = torch.autograd.grad(tip.divergence_loss(z, teacher.logits(), kept=out.kept).sum(), z)[0][kept] / kept.sum()
     uncorrected = torch.where(g.abs() * kept.sum() < 2.0**-10, g, 0.0) @ student.weight
     assert (ours - exact).norm() < 0.5 * uncorrected.norm()
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_a_filtered_gradient_does_not_feel_what_is_added_to_every_row_of_the_head(sweeps):
+    """It shifts all logits of a row alike; only a row of d(logits) that sums to 0 takes it out again."""
+    student, teacher = sorted_models()
+    plain, moved = student, HeadCase(student.hidden, student.weight + 3.0, student.bias)
+    sieves = tip.GradFilter(2.0**-7), tip.GradFilter(2.0**-7)
+    grads = [
+        gradients(case, teacher, grad_filter=sieve, sweeps=sweeps)[0]
+        for case, sieve in zip((plain, moved), sieves, strict=True)
+    ]
+    assert sieves[0].skipped == sieves[1].skipped > 0
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=2e-6)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -345,6 +345,15 @@ def test_sampled_reverse_kl_is_the_score_function_form(tau, clip):
         check_gradient(grad, eager[1], truth[1], "gradient", largest_logit=14, row_weight=2.0)
 
 
+def test_a_sample_that_the_student_bans_has_the_clipped_value_and_no_gradient():
+    s, t = ordinary(2, 60)
+    labels = torch.tensor([7, 8])
+    s[0, 7] = -INF
+    stats = tip.token_stats(s, t, labels=labels)
+    loss, grad = loss_and_gradient(s, t, tip.SampledReverseKL(0.5), stats=stats)
+    assert loss[0] == -0.5 and not grad[0].any() and grad[1].any()
+
+
 def test_sampled_reverse_kl_is_on_average_the_reverse_kl_with_its_gradient():
     """All V samples of each row, weighted by their probability."""
     v = 9

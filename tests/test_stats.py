@@ -201,6 +201,15 @@ def test_the_lowest_number_of_a_wide_dtype_counts_as_banned(dtype):
     same_bits(tip.token_stats(low, t, margins=True), tip.token_stats(ban, t, margins=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_number_of_a_wide_dtype_is_a_banned_label_and_no_second_logit(dtype):
+    z = torch.full((2, 3), torch.finfo(dtype).min, dtype=dtype)
+    z[:, 0] = 1.0
+    stats = tip.token_stats(z, z, labels=torch.tensor([2, 0]), margins=True)
+    assert stats.logp_s.tolist() == stats.logp_t.tolist() == [-INF, 0.0]
+    assert stats.margin_s.isposinf().all() and stats.margin_t.isposinf().all()
+
+
 def test_disjoint_models_are_as_far_as_can_be():
     s, t = torch.zeros(1, 6), torch.zeros(1, 6)
     s[:, :3], t[:, 3:] = -INF, -INF

@@ -263,7 +263,6 @@ def _outcome_loss(student: Rows, teacher: TopKRows, task: RowTask) -> Tensor:
     if task.ce is not None:
         cross_entropy = y.logsumexp(1) - logits[:, n_outcomes]
         loss = loss + task.ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, cross_entropy)
-    loss = torch.where(loss.detach().isfinite(), loss, loss.detach())  # a row whose loss is infinite has gradient 0
     return loss.masked_fill(broken, torch.nan)
 
 

@@ -150,7 +150,7 @@ class TopKRows:
     def __init__(self, topk: TopK) -> None:
         self.batch_shape = tuple(topk.ids.shape[:-1])
         self.n_rows, self.device, self.tail = math.prod(self.batch_shape), topk.ids.device, topk.tail
-        self.ids = topk.ids.reshape(-1, topk.ids.shape[-1])
+        self.ids = topk.ids.reshape(-1, topk.ids.shape[-1]).clone()  # statistics keep them, the caller may change his
         self.logp = topk.logp.detach().reshape(self.ids.shape)
 
     def with_leaves(self, leaves: tuple[Tensor, ...]) -> TopKRows:
