@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
+from tip_kernels.__main__ import main
 
 N, V, H = 6, 20, 8
 GOT = r", got .+"
@@ -75,6 +77,7 @@ HEAD = [  # argument, fault, value, what the message says after "ARGUMENT: expec
     ("vocab_size", "above the rows", V + 1, f"an int from 1 to weight's {V} rows"),
     ("vocab_size", "a float", 3.0, "an int from 1"),
     ("vocab_size", "a bool", True, "an int from 1"),
+    ("vocab_group", "a number", 1, "a process group"),
 ]
 
 
@@ -210,6 +213,17 @@ SELECTS = [
     ("a function", lambda stats: stats, r"a selection rule such as tip_kernels.SoftOr"),
     ("the class", tip.SoftOr, r"a selection rule such as tip_kernels.SoftOr"),
 ]
+SWEEPS = [
+    ("zero", 0, "1, 2 or None"),
+    ("three", 3, "1, 2 or None"),
+    ("a float", 2.0, "1, 2 or None"),
+    ("a bool", True, "1, 2 or None"),
+]
+GRAD_FILTERS = [("a number", 1e-3, "a GradFilter or None"), ("the class", tip.GradFilter, "a GradFilter or None")]
+GRAD_SCALES = [
+    ("without backward", 2.0, "1 without backward=True"),
+    ("a vector", ones(2), r"a \(\) tensor with backward=True"),
+]
 FLAGS = [("a string", "no", "a bool"), ("an int", 1, "a bool"), ("none", None, "a bool")]
 
 
@@ -268,6 +282,10 @@ CALLS = {
             ("temperature_sq", FLAGS),
             ("normalizer", NORMALIZERS),
             ("full_stats", FLAGS),
+            ("sweeps", SWEEPS),
+            ("grad_filter", GRAD_FILTERS),
+            ("backward", FLAGS),
+            ("grad_scale", GRAD_SCALES),
         ],
     ),
 }
@@ -350,3 +368,296 @@ def test_a_factor_of_a_divergence_is_a_finite_number():
             factor * tip.ReverseKL() if not isinstance(factor, Tensor) else tip.ReverseKL() * factor
     with pytest.raises(TypeError):
         tip.ReverseKL() + 1
+
+
+# Every argument of every public name
+
+QUOTA = {"keep": 0.0, "scope": "all", "min_rows": -1, "group": 1}
+WHERE = {"row_mask": ones(N), "rollout_ids": ones(N)}
+RULES = {  # name: a bad value of each argument of the rule itself
+    "CrossEntropyRatio": QUOTA | {"epsilon": 0.0},
+    "EntropyGap": QUOTA | {"weighted": 1},
+    "GreedyAgreement": {"top_k": 0, "agreeing": 1, "other_weight": 1.0},
+    "KeepAll": {},
+    "Overconfident": QUOTA | {"entropy_below": math.nan, "divergence_above": "big", "by": "kl"},
+    "PositionPrefix": QUOTA,
+    "RandomRows": QUOTA | {"generator": 0},
+    "SampleEntropy": QUOTA | {"alpha": -1.0, "gamma": math.nan, "generator": 0, "unbiased": 1},
+    "SoftOr": QUOTA | {"normalize": "max"},
+    "Teachability": QUOTA | {"top_k": 0, "by": "kl"},
+    "Threshold": {"by": "kl", "above": math.nan, "below": ("quantile", 2)},
+    "TopDivergence": QUOTA | {"by": "kl"},
+    "TopEntropy": QUOTA,
+    "TopHellinger": QUOTA,
+    "TopMargin": QUOTA | {"by": "kl_rev"},
+}
+OTHERS = {
+    "AdaptiveFocus": {"beta": 1.0, "tolerance": -0.1, "step": 0.0, "floor": 0.0, "warmup": -1, "group": 1},
+    "AlphaBeta": {"a": 0.0, "b": 0.0},
+    "ForwardKL": {},
+    "GradFilter": {"tolerance": 0.0},
+    "HellingerSq": {},
+    "JSD": {"teacher_weight": 2.0},
+    "Jeffreys": {},
+    "Renyi": {"alpha": 0.0},
+    "ReverseKL": {},
+    "SampledReverseKL": {"clip": 0.0},
+    "SkewForwardKL": {"a": 1.0},
+    "SkewReverseKL": {"a": 1.0, "detach_mixture": 1},
+    "TVD": {},
+    "ToDi": {"beta": -1.0},
+    "TopK": {"ids": ones(N, 2), "logp": ones(N, 3), "tail": "drop"},
+    "adakd": {
+        "focus": 0.0,
+        "strength": math.nan,
+        "base": 0.0,
+        "scope": "all",
+        "median_scope": "all",
+        "median_of": "all",
+        **WHERE,
+    },
+    "difficulty_temperature": {
+        "stats": None,
+        "strength": math.nan,
+        "base": 0.0,
+        "scope": "all",
+        "kept": ones(N),
+        **WHERE,
+    },
+    "quadrants": {"stats": {}, "row_mask": ones(N), "entropy": math.nan, "divergence": ("quantile", -1)},
+    "token_importance": {
+        "student": None,
+        "teacher": None,
+        "labels": None,
+        "method": "kl",
+        "row_mask": ones(N),
+        "normalize": "max",
+        "top_k": 0,
+        "workspace_mib": 0,
+    },
+}
+EVERY = RULES | OTHERS
+MADE_HERE = {"Distilled", "Kept", "Plan", "TokenStats"}  # what calls return
+BASES = {"Divergence", "Rule"}
+COUNTERS = {"entries", "skipped", "total", "dropped"}  # of a GradFilter, which it fills itself
+
+
+def good_arguments(name: str, argument: str) -> dict[str, object]:
+    """The other arguments of a call that is spoilt by one."""
+    stats = tip.token_stats(torch.zeros(N, V), torch.zeros(N, V))
+    if name == "token_importance":
+        methods = {"labels": "loss_contribution", "student": "kl_div", "normalize": "soft_or", "top_k": "teachability"}
+        labels = ones(N, dtype=torch.int64)
+        sources = {"student": torch.zeros(N, V), "teacher": torch.zeros(N, V), "labels": labels}
+        return sources | {"method": methods.get(argument, "logit_diff")}
+    return {
+        "TopK": {"ids": torch.arange(2).expand(N, 2), "logp": torch.full((N, 2), -1.0)},
+        "difficulty_temperature": {"stats": stats},
+        "quadrants": {"stats": stats},
+        "Renyi": {"alpha": 0.5},
+        "GradFilter": {"tolerance": 0.1},
+    }.get(name, {"keep": 0.5} if "keep" in EVERY[name] else {})
+
+
+def called(name: str, arguments: dict[str, object]) -> None:
+    """Makes or calls it; what keeps its arguments for later is asked for its result, too."""
+    made = getattr(tip, name)(**arguments)
+    if name == "adakd":
+        tip.distill(torch.zeros(N, V), torch.zeros(N, V), **made)
+
+
+@pytest.mark.parametrize("name, argument", [(name, argument) for name, bad in EVERY.items() for argument in bad])
+def test_every_argument_is_refused_by_its_name(name, argument):
+    arguments = good_arguments(name, argument)
+    if argument == "group" and name != "AdaptiveFocus":
+        arguments["scope"] = "global"
+    called(name, arguments)
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*{GOT}"):
+        called(name, arguments | {argument: EVERY[name][argument]})
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("argument, value", [("stats", {}), *WHERE.items()])
+def test_every_rule_refuses_what_it_is_called_with(name, argument, value):
+    rule = getattr(tip, name)(**good_arguments(name, ""))
+    labels = ones(N, dtype=torch.int64)
+    stats = tip.token_stats(torch.zeros(N, V), torch.zeros(N, V), labels=labels, margins=True, top_k=16)
+    rule(stats)
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*{GOT}"):
+        rule(**({"stats": stats} | {argument: value}))
+
+
+def test_every_argument_of_every_public_name_has_a_case():
+    """A new argument fails here until it stands in one of the tables above."""
+    tabled = {name: set(bad) for name, bad in EVERY.items()}
+    tabled |= {call: {argument for argument, _ in arguments} for call, (_, arguments) in CALLS.items()}
+    tabled |= {"Head": {argument for argument, *_ in HEAD}, "backend": {"name"}}
+    for name in set(tip.__all__) - MADE_HERE - BASES:
+        wanted = set(inspect.signature(getattr(tip, name)).parameters) - (COUNTERS if name == "GradFilter" else set())
+        assert tabled.get(name) == wanted, name
+    calls = (tip.Rule.__call__, {"self", "stats", *WHERE}), (tip.Kept.slots, {"self", "capacity"})
+    for call, known in calls:
+        assert set(inspect.signature(call).parameters) == known
+    with pytest.raises(ValueError, match=r"^backend: expected 'eager' or 'triton', got"), tip.backend("cuda"):
+        pass
+    for capacity in (-1, 2, 1.0):
+        with pytest.raises(ValueError, match=r"^capacity: expected an int in \[0, 1\], got"):
+            kept_of(1).slots(capacity)
+
+
+# Every option of the command line
+
+SIZES = ["--tokens", "64", "--vocab", "100", "--hidden-s", "8", "--hidden-t", "8"]
+WORDS = {  # option: bad values
+    "opd": {
+        "--model": ["gpt"],
+        "--teacher": ["nowhere"],
+        "--student": ["nowhere"],
+        "--task": ["nothing.txt", "reasoning_gym:"],
+        "--teacher-topk": ["0", "1.5", "x"],
+        "--rule": ["best"],
+        "--keep": ["0", "1.5", "nan", "half", "-3"],
+        "--divergence": ["kl", "jsd:2", "tvd:1"],
+        "--preset": ["best"],
+        "--steps": ["0", "-1", "1.5"],
+        "--batch": ["0"],
+        "--lr": ["0", "nan", "inf", "x"],
+        "--warmup": ["-1"],
+        "--temperature": ["0", "inf"],
+        "--max-new-tokens": ["0", "60"],
+        "--seed": ["-1", "x"],
+        "--device": ["abacus"],
+        "--threads": ["0"],
+        "--workspace-mib": ["0", "-5"],
+        "--eval-prompts": ["0", "5000"],
+        "--eval-every": ["0"],
+        "--output": [__file__],
+        "--tracker": ["paper"],
+    },
+    "inspect": {
+        "--output": [f"{__file__}/page.html"],
+        "--save": ["statistics.csv"],
+        "--teacher": ["nowhere"],
+        "--student": ["nowhere"],
+        "--task": ["nothing.txt"],
+        "--prompts": ["0"],
+        "--rule": ["best"],
+        "--keep": ["0"],
+        "--temperature": ["0"],
+        "--max-new-tokens": ["0"],
+        "--seed": ["-1"],
+        "--device": ["abacus"],
+        "--entropy": ["0", "nan"],
+        "--divergence": ["-1"],
+    },
+    "compare": {"--output": [f"{__file__}/page.html"]},
+    "plan": {
+        "--tokens": ["0", "x"],
+        "--vocab": ["0"],
+        "--hidden-s": ["0"],
+        "--hidden-t": ["-8"],
+        "--keep": ["0", "1.5", "nan"],
+        "--gpu": ["abacus"],
+        "--workspace-mib": ["0", "nan"],
+    },
+}
+SWITCHES = {  # option: what it may not stand beside
+    "opd": {
+        "--chat": ["=1"],
+        "--resume": ["=1", "--overwrite"],
+        "--overwrite": ["=1"],
+        "--no-report": ["=1"],
+        "--json": ["=1"],
+        "--quiet": ["=1"],
+        "--retrain": ["=1", "--rule=all"],
+    },
+    "inspect": {"--chat": ["=1"], "--json": ["=1"], "--quiet": ["=1"]},
+    "compare": {"--json": ["=1"], "--quiet": ["=1"]},
+    "plan": {},
+}
+
+
+def flat(table: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(option, value) for option, values in table.items() for value in values]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> str:
+    """The folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("run")
+    small = ["--batch", "4", "--eval-prompts", "4", "--quiet", "--no-report"]
+    assert main(["opd", "--steps", "1", *small, "--output", str(folder / "run")]) == 0
+    return str(folder / "run")
+
+
+def parsers() -> dict[str, object]:
+    from tip_kernels import costs
+    from tip_kernels.inspect import cli
+    from tip_kernels.opd.options import parser
+
+    return {"opd": parser(), "inspect": cli.inspect_parser(), "compare": cli.compare_parser(), "plan": costs.parser()}
+
+
+def refused(command: str, option: str, words: list[str], folder, capsys) -> None:
+    """One line, exit code 2, the option's name, and nothing written."""
+    capsys.readouterr()
+    try:
+        code = main([command, *words])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "", err
+    last = err.strip().splitlines()[-1]
+    assert re.search(rf"argument {option}\b", last), last
+    assert not list(folder.iterdir()), last
+
+
+@pytest.mark.parametrize(
+    "command, option, value",
+    [
+        (command, option, value)
+        for command, table in WORDS.items()
+        for option, values in table.items()
+        for value in values
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(command, option, value, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = {"plan": SIZES, "compare": [finished], "opd": ["--output", str(tmp_path / "run")]}.get(command, [])
+    if command == "inspect":
+        pair = option in ("--teacher", "--student", "--task")
+        from tip_kernels.opd.settings import PACKAGED
+
+        words = ["--teacher", str(PACKAGED / "teacher"), "--student", str(PACKAGED / "student")] if pair else [finished]
+        words = [*words, "--prompts", "1", "--quiet"] if option != "--prompts" else words
+        words = words if option == "--output" else [*words, "--output", str(tmp_path / "page.html")]
+    if command == "opd" and option == "--output":
+        words = []
+    refused(command, option, [*words, option, value], tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "command, option, beside",
+    [
+        (command, option, beside)
+        for command, table in SWITCHES.items()
+        for option, values in table.items()
+        for beside in values
+    ],
+)
+def test_a_switch_takes_no_value_and_no_contradiction(command, option, beside, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [option + beside] if beside.startswith("=") else [option, beside]
+    if option == "--resume" and beside == "--overwrite":
+        words += ["--output", finished]
+    elif command == "compare":
+        words += [finished]
+    refused(command, option, words, tmp_path, capsys)
+
+
+def test_every_option_of_every_command_has_a_case():
+    for command, parser in parsers().items():
+        options = {a.option_strings[-1]: a.nargs for a in parser._actions if a.option_strings} | {"--help": None}
+        del options["--help"]
+        assert set(WORDS[command]) == {name for name, nargs in options.items() if nargs != 0}, command
+        assert set(SWITCHES[command]) == {name for name, nargs in options.items() if nargs == 0}, command

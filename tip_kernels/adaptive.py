@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from tip_kernels import parallel
 from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels._ranking import _run_starts
 from tip_kernels.select import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
@@ -57,6 +58,8 @@ class AdaptiveFocus:
         expect(0 < finite_number("floor", floor) <= 1, "floor", "a number in (0, 1]", floor)
         ok = is_int(warmup) and warmup >= 0
         expect(ok, "warmup", "an int of at least 0", warmup)
+        ok = group is None or parallel.is_group(group)
+        expect(ok, "group", "a process group that this rank is in, or None", group)
         self.beta, self.tolerance, self.step, self.floor, self.warmup = beta, tolerance, step, floor, warmup
         self.group = group
         self.keep = 1.0

@@ -162,26 +162,32 @@ def costs(
     return sorted((c for c in found if c is not None), key=lambda c: c.predicted_ms)
 
 
-def main(argv: list[str]) -> int:
-    """`tip-kernels plan`: prints the table."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `tip-kernels plan`."""
+    p = argparse.ArgumentParser(
         prog="tip-kernels plan", description="what a distillation step costs, by strategy and peer, before it is run"
     )
-    parser.add_argument("--tokens", type=int, required=True, help="rows N of a step, all rollouts together")
-    parser.add_argument("--vocab", type=int, required=True, help="vocabulary V")
-    parser.add_argument("--hidden-s", type=int, required=True, help="hidden width of the student")
-    parser.add_argument("--hidden-t", type=int, required=True, help="hidden width of the teacher")
-    parser.add_argument("--keep", type=float, default=0.2, help="fraction of tokens kept, in (0, 1]; 0.2")
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="a GPU's published rates; without it this CPU is measured")
-    parser.add_argument("--workspace-mib", type=float, default=256)
-    args = parser.parse_args(argv)
+    p.add_argument("--tokens", type=int, required=True, help="rows N of a step, all rollouts together")
+    p.add_argument("--vocab", type=int, required=True, help="vocabulary V")
+    p.add_argument("--hidden-s", type=int, required=True, help="hidden width of the student")
+    p.add_argument("--hidden-t", type=int, required=True, help="hidden width of the teacher")
+    p.add_argument("--keep", type=float, default=0.2, help="fraction of tokens kept, in (0, 1]; 0.2")
+    p.add_argument("--gpu", choices=sorted(GPUS), help="a GPU's published rates; without it this CPU is measured")
+    p.add_argument("--workspace-mib", type=float, default=256)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """`tip-kernels plan`: prints the table."""
+    options = parser()
+    args = options.parse_args(argv)
     for name in ("tokens", "vocab", "hidden_s", "hidden_t"):
         if getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+            options.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not 0 < args.keep <= 1:
-        parser.error(f"argument --keep: expected a fraction in (0, 1], got {args.keep}")
+        options.error(f"argument --keep: expected a fraction in (0, 1], got {args.keep}")
     if not 1 <= args.workspace_mib < float("inf"):
-        parser.error(f"argument --workspace-mib: expected a number of MiB, at least 1, got {args.workspace_mib}")
+        options.error(f"argument --workspace-mib: expected a number of MiB, at least 1, got {args.workspace_mib}")
     device = GPUS[args.gpu] if args.gpu else this_cpu(args.hidden_s)
     table = costs(
         args.tokens,

@@ -67,7 +67,7 @@ MODEL_OPTIONS = ("prompts", "rule", "keep", "temperature", "max_new_tokens", "se
 def inspect(options: dict) -> int:
     """One page; returns the exit code."""
     from tip_kernels.inspect import page
-    from tip_kernels.inspect.tokens import TokenTable
+    from tip_kernels.inspect.tokens import SUFFIXES, TokenTable
 
     files = [Path(name) for name in options.get("files", [])]
     pair = [name for name in ("teacher", "student", "task", "chat") if name in options]
@@ -79,6 +79,8 @@ def inspect(options: dict) -> int:
     if files and len(stored) == len(files) and (wrong := [n for n in MODEL_OPTIONS if n in options]):
         option = wrong[0].replace("_", "-")
         raise UsageError(f"argument --{option}: expected none where FILE holds statistics, got {options[wrong[0]]!r}")
+    if (save := Path(options.get("save", "x.parquet"))).suffix not in SUFFIXES:  # would not be read again
+        raise UsageError(f"argument --save: expected a name in .safetensors or .parquet, got {str(save)!r}")
     output = Path(options.get("output", _default_page(files)))
     say = (lambda line: None) if options.get("quiet") else (lambda line: print(line, file=sys.stderr, flush=True))
     tables = [

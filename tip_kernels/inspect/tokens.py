@@ -32,6 +32,7 @@ from tip_kernels._checks import expect, flat_rows, is_int
 from tip_kernels.opd import UsageError
 
 FORMAT = "tip-kernels tokens 1"
+SUFFIXES = (".safetensors", ".parquet")
 STATISTICS = {  # those that have a name of their own on the page, in the order shown
     "entropy_s": "student entropy",
     "entropy_t": "teacher entropy",
@@ -74,8 +75,10 @@ class TokenTable:
         return tip.quadrants(stats, entropy=entropy, divergence=divergence)
 
     def save(self, path: Path | str) -> None:
-        """Write the table: Parquet where the name ends in .parquet, else safetensors."""
+        """Write the table: Parquet where the name ends in .parquet, safetensors in .safetensors."""
         path = Path(path)
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"path: expected a name in .safetensors or .parquet, got {str(path)!r}")
         if path.suffix == ".parquet":
             self._save_parquet(path)
         else:
@@ -87,7 +90,7 @@ class TokenTable:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"argument FILE: expected a file of statistics, got {str(path)!r}, which is not there")
-        if path.suffix not in (".safetensors", ".parquet"):
+        if path.suffix not in SUFFIXES:
             raise UsageError(f"argument FILE: expected a name in .safetensors or .parquet, got {str(path)!r}")
         table = _load_parquet(path) if path.suffix == ".parquet" else _load_safetensors(path)
         table._check(path)
