@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +61,7 @@ def begin(folder: Path, settings: Settings, resumed_at: int | None) -> None:
         _trim_log(folder / "log.jsonl", resumed_at)
     else:
         for name in ("student", "partial", "tensorboard", *(old.name for old in folder.glob("checkpoint-*"))):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
         pages = ("report.html", "curves.png", "tokens.png", "inspect.html")
         for name in ("run.json", "log.jsonl", "latest", "summary.json", *pages):
             (folder / name).unlink(missing_ok=True)
@@ -92,18 +93,18 @@ def resumed_settings(folder: Path, given: dict) -> Settings:
 def latest(folder: Path) -> Path:
     """The newest complete checkpoint."""
     pointer = folder / "latest"
-    if not pointer.is_file() or not (folder / pointer.read_text().strip()).is_dir():
+    name = pointer.read_text().strip() if pointer.is_file() else ""
+    if not re.fullmatch(r"checkpoint-\d+", name) or not (folder / name).is_dir():  # never outside of the folder
         raise UsageError(
             f"argument --resume: expected a run with a checkpoint, got {str(folder)!r} without one (--overwrite?)"
         )
-    return folder / pointer.read_text().strip()
+    return folder / name
 
 
 def save(folder: Path, loop: Loop) -> Path:
     """Write a checkpoint: a new folder first, then the pointer to it, then the old one goes."""
     target = folder / f"checkpoint-{loop.counters.step:06d}"
     partial = folder / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
     save_student(partial, loop)
     moments = {
         f"{i}.{name}": torch.as_tensor(value).cpu().contiguous()
@@ -112,12 +113,12 @@ def save(folder: Path, loop: Loop) -> Path:
     }
     save_file(moments, partial / "optimizer.safetensors")
     write_json(partial / "state.json", asdict(loop.counters))
-    shutil.rmtree(target, ignore_errors=True)
+    _remove(target)
     os.replace(partial, target)
     _write(folder / "latest", target.name + "\n")
     for old in folder.glob("checkpoint-*"):
         if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     return target
 
 
@@ -135,7 +136,8 @@ def restore(checkpoint: Path, loop: Loop) -> None:
 
 
 def save_student(folder: Path, loop: Loop) -> None:
-    """The student as an ordinary fp32 checkpoint."""
+    """The student as an ordinary fp32 checkpoint, in place of what the folder held."""
+    _remove(folder)
     loop.pair.student.model.save_pretrained(folder)
     loop.pair.tokenizer.save_pretrained(folder)
 
@@ -160,6 +162,11 @@ def write_json(path: Path, content: dict) -> None:
 def finite(content: dict) -> dict:
     """The same with null for numbers that JSON cannot write."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+
+
+def _remove(folder: Path) -> None:
+    """A folder and what is in it; of a link, the link alone."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

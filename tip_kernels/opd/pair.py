@@ -135,12 +135,13 @@ def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.
     """The model and the tokenizer of a folder; `later` holds weights to read in place of the folder's."""
     _check_folder(name, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        own = {"local_files_only": True, "trust_remote_code": False}  # no code of the folder's, and no question
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
         model, loading = AutoModelForCausalLM.from_pretrained(
             later or folder,
             dtype=torch.float32,
             use_safetensors=True,
-            local_files_only=True,
+            **own,
             output_loading_info=True,
         )
     except Exception as error:  # whatever a broken checkpoint can raise
