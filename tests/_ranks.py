@@ -427,6 +427,64 @@ def shards_of_the_vocabulary_and_of_the_rows_go_together(group):
     assert text.startswith("select: expected a group beside scope 'global'"), text
 
 
+@check(2)
+def a_step_of_the_main_job_is_that_of_one_process_on_all_rollouts(group):
+    """The gradient is that of the mean over the tokens all ranks kept, by a loss that is not divided at all."""
+    from tip_kernels.opd.pair import load_pair
+    from tip_kernels.opd.ranks import Ranks
+    from tip_kernels.opd.settings import PACKAGED, Settings
+    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.train import Loop
+
+    class Pair(Ranks):  # as Ranks, but of this group
+        def total(self, numbers):
+            total = torch.tensor(numbers, dtype=torch.float64)
+            dist.all_reduce(total, group=group)
+            return total.tolist()
+
+    cpu, task = torch.device("cpu"), load_task("addition", 5)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    torch.nn.parallel.DistributedDataParallel = lambda model: ddp(model, process_group=group)
+    try:
+        for scope in ("rollout", "batch"):
+            pair = load_pair(PACKAGED / "teacher", PACKAGED / "student", cpu)
+            loop = Loop(Settings(batch=5, scope=scope, keep=0.3), pair, task, cpu, Pair(dist.get_rank(group), 2))
+            before = [weight.detach().clone() for weight in loop.weights]
+            seen = []
+            loop.distil = lambda rollouts, seen=seen, distil=loop.distil: seen.append(rollouts) or distil(rollouts)
+            row = loop.step()
+            after, averaged = [w.detach().clone() for w in loop.weights], [w.grad.clone() for w in loop.weights]
+            assert row["grad_norm"] > 1.0  # it was clipped to 1
+            for x in after:
+                same_on_all_ranks(group, "weights", x)
+            evaluated = loop.evaluate()
+            assert sum(evaluated["entropy_histogram"]["counts"]) > 100
+            with torch.no_grad():
+                for weight, old in zip(loop.weights, before, strict=True):
+                    weight.copy_(old)
+                    weight.grad = None
+            loop.student, loop.counters.step = pair.student, 0
+            choice = loop.choice(seen[0].mask) | {"normalizer": 1.0}
+            heads = [train_head(side, seen[0]) for side in (pair.student, pair.teacher)]
+            out = tip.distill(*heads, divergence=loop.divergence, **choice)
+            out.loss.backward()
+            kept, loss = loop.ranks.total([int(out.kept.mask.sum()), out.loss.item()])
+            assert row["kept"] == kept and row["rows"] == loop.ranks.total([int(seen[0].mask.sum())])[0]
+            assert abs(row["loss"] - loss / kept) <= 1e-5 * row["loss"]
+            for weight, ours in zip(loop.weights, averaged, strict=True):
+                dist.all_reduce(weight.grad, group=group)
+                error = relative_error(ours * row["grad_norm"], weight.grad.double() / kept)
+                assert error <= 1e-4, f"{scope}: off by {error:.1e}"
+    finally:
+        torch.nn.parallel.DistributedDataParallel = ddp
+
+
+def train_head(side, rollouts) -> tip.Head:
+    from tip_kernels.opd.train import response_head
+
+    return response_head(side, rollouts)
+
+
 # ---- a rank that is gone
 
 

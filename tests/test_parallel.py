@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import _ranks
@@ -44,3 +49,83 @@ def test_a_rank_that_is_gone_is_an_error_on_the_others_and_no_hang(way, tmp_path
     assert said.startswith("tip_kernels: rank 0 of 2 could not gather"), said
     assert "another rank died" in said
     assert seconds < 10, f"took {seconds:.0f} s"
+
+
+JOB = ["-m", "tip_kernels", "opd", "--device", "cpu", "--quiet", "--no-report"]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+    "accelerate launch": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+}  # fmt: skip
+
+
+def log_of(folder: Path) -> list[dict]:
+    log = folder / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def run_job(launched: list[str], folder: Path, *options: str) -> dict:
+    """The job's result, of which there must be one."""
+    command = [sys.executable, *launched, *JOB, "--output", str(folder), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=alone())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("{") == 1, "more than one rank printed its result"
+    return json.loads(done.stdout)
+
+
+def test_the_main_job_on_two_ranks_reaches_the_accuracy_of_one(tmp_path):
+    pytest.importorskip("transformers")
+    options = ["--batch", "64", "--steps", "10", "--eval-prompts", "64"]
+    one = run_job([], tmp_path / "one", *options)
+    two = run_job(LAUNCHERS["torchrun"], tmp_path / "two", *options)
+    assert [row["step"] for row in log_of(tmp_path / "two")] == list(range(11))
+    for row_one, row_two in zip(log_of(tmp_path / "one")[1:], log_of(tmp_path / "two")[1:], strict=True):
+        assert abs(row_two["rows"] / row_one["rows"] - 1) < 0.1  # as many rollouts in all
+    assert two["start_accuracy"] == one["start_accuracy"] < 0.6
+    assert one["end_accuracy"] > 0.9 and two["end_accuracy"] > 0.9
+
+
+def test_the_main_job_runs_under_accelerate_launch_with_a_global_quota(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = ["--batch", "7", "--steps", "2", "--eval-prompts", "5", "--scope", "global", "--rule", "sample_entropy"]
+    run_job(LAUNCHERS["accelerate launch"], tmp_path / "two", *options)
+    for row in log_of(tmp_path / "two")[1:]:
+        assert row["kept"] == int(0.2 * row["rows"] + 1e-6)
+
+
+def test_the_main_job_ends_when_a_rank_is_killed(tmp_path):
+    pytest.importorskip("transformers")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, *JOB, "--steps", "9999", "--eval-prompts", "2", "--batch", "4"]
+    command += ["--timeout", "20", "--output", str(tmp_path / "run")]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--timeout", "20"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=alone() | address | {"RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        until = time.monotonic() + 60
+        while len(log_of(tmp_path / "run")) < 3 and time.monotonic() < until:
+            time.sleep(0.1)
+        ranks[1].kill()
+        start = time.monotonic()
+        said = ranks[0].communicate(timeout=60)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[0].returncode not in (0, None)
+    assert "RuntimeError: tip_kernels: rank 0 of 2 could not" in said, said
+    assert time.monotonic() - start < 30
+
+
+def alone() -> dict[str, str]:
+    """The environment without what a launcher may have put there."""
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -143,11 +143,16 @@ def _collective(what: str, group: ProcessGroup | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
-            f"tip_kernels: rank {dist.get_rank(group)} of {dist.get_world_size(group)} could not {what}: another rank "
-            "died, raised an error of its own, made another call, or came later than the group's time-out "
-            f"(init_process_group(timeout=...)): {error}"
-        ) from error
+        raise lost(what, group, error) from error
+
+
+def lost(what: str, group: ProcessGroup | None, error: RuntimeError) -> RuntimeError:
+    """What to raise where a collective failed."""
+    return RuntimeError(
+        f"tip_kernels: rank {dist.get_rank(group)} of {dist.get_world_size(group)} could not {what}: another rank "
+        "died, raised an error of its own, made another call, or came later than the group's time-out "
+        f"(init_process_group(timeout=...)): {error}"
+    )
 
 
 def all_gathered(x: Tensor, group: ProcessGroup | None) -> Tensor:

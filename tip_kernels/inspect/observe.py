@@ -29,7 +29,7 @@ def observe(loop: Loop, prompts: int, group: str | None, said: Callable[[int], N
         labels = torch.where(rollouts.mask, rollouts.completions, -100)
         stats = tip.token_stats(student, teacher, labels=labels, workspace_mib=settings.workspace_mib)
         kept = loop.choice(rollouts.mask)["select"](stats, rollouts.mask)
-        right = loop.judge(rollouts, first) if task.judge else [None] * len(encoded)
+        right = loop.judge(rollouts, range(first, first + len(encoded))) if task.judge else [None] * len(encoded)
         facts = [
             {"prompt": task.held_out[first + i], "group": group, "right": right[i], "ended": bool(rollouts.ended[i])}
             for i in range(len(encoded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import sys
 import threading
@@ -11,20 +12,24 @@ import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.options import parser
 from tip_kernels.opd.settings import MODELS, PACKAGED, Settings
 
+if TYPE_CHECKING:
+    from tip_kernels.opd.ranks import Ranks
+
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
-NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker")
+NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker", "timeout")
 
 
 class Interrupt:
     """Ctrl-C asks the loop to stop after this step; a second one stops at once."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.asked = ranks, False
 
     def __enter__(self) -> Interrupt:
         self.mine = threading.current_thread() is threading.main_thread()
@@ -40,7 +45,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\ntip-kernels opd: finishing this step; Ctrl-C again stops at once", file=sys.stderr)
+        if self.ranks.writes:
+            print("\ntip-kernels opd: finishing this step; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def pick_device(name: str):
@@ -107,31 +113,47 @@ def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
 
 
 def run(options: dict) -> int:
-    """One run; returns the exit code. Every argument is checked before anything is written."""
+    """One run, or one process of it; returns the exit code."""
+    from tip_kernels.opd.ranks import joined
+
+    with joined(pick_device(options.get("device", Settings.device)), options.get("timeout", 600.0)) as ranks:
+        return run_joined(options, ranks)
+
+
+def run_joined(options: dict, ranks: Ranks) -> int:
+    """The same of a process that has joined the others. Every argument is checked before anything is written."""
     from tip_kernels.opd import checkpoint, report, smollm2, trackers
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop
 
     began = time.perf_counter()
-    quiet, folder = options.get("quiet", False), Path(options.get("output", "runs/opd"))
-    settings, resumed = settings_of(options, folder)
+    quiet, folder = options.get("quiet", False) or not ranks.writes, Path(options.get("output", "runs/opd"))
+    settings, resumed = ranks.decided(lambda: settings_of(options, folder))
     check_teacher(settings)
     trackers.check(options.get("tracker"))
-    device = pick_device(settings.device)
+    device = ranks.device if ranks.count > 1 else pick_device(settings.device)
     if any(smollm2.layers_of(name) is not None for name in (settings.teacher, settings.student)):
         smollm2.file()  # a missing package is named before anything is loaded
     task = load_task(settings.task, settings.eval_prompts)
     pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, resumed)
-    loop = Loop(settings, pair, task, device)
+    loop = Loop(settings, pair, task, device, ranks)
     if resumed:
         checkpoint.restore(resumed, loop)
     earlier = loop.counters.seconds
-    checkpoint.begin(folder, settings, loop.counters.step if resumed else None)
-    tracker = trackers.open_tracker(options.get("tracker"), folder, asdict(settings), loop.counters.step)
-    with closing(tracker), Interrupt() as interrupt, report.Progress(settings, loop.counters.step, quiet) as progress:
+    ranks.decided(lambda: checkpoint.begin(folder, settings, loop.counters.step if resumed else None))
+    named = options.get("tracker") if ranks.writes else None
+    tracker = trackers.open_tracker(named, folder, asdict(settings), loop.counters.step)
+    with (
+        closing(tracker),
+        Interrupt(ranks) as interrupt,
+        report.Progress(settings, loop.counters.step, quiet) as progress,
+    ):
 
         def after_step(row: dict) -> bool:
+            interrupt.asked = bool(ranks.total([interrupt.asked])[0])  # all stop after the same step
+            if not ranks.writes:
+                return not interrupt.asked
             checkpoint.append_row(folder, row)
             tracker.log(trackers.numbers_of(row), row["step"])
             progress.show(row)
@@ -139,16 +161,21 @@ def run(options: dict) -> int:
                 checkpoint.save(folder, loop)
             return not interrupt.asked
 
+        going = True
         if not resumed:
-            progress.say(f"{task.name}: {len(task.held_out)} held-out prompts, {settings.steps} steps on {device}")
-            after_step({"step": 0} | loop.evaluate())
-        if not interrupt.asked:
+            where = f"{ranks.count} x {device.type}" if ranks.count > 1 else device
+            progress.say(f"{task.name}: {len(task.held_out)} held-out prompts, {settings.steps} steps on {where}")
+            going = after_step({"step": 0} | loop.evaluate())
+        if going:
             loop.train(after_step)
     step, seconds = loop.counters.step, earlier + time.perf_counter() - began
     if interrupt.asked and step < settings.steps:
         again = f"--resume --output {folder} goes on"
-        print(f"tip-kernels opd: interrupted after step {step} of {settings.steps}; {again}", file=sys.stderr)
+        if ranks.writes:
+            print(f"tip-kernels opd: interrupted after step {step} of {settings.steps}; {again}", file=sys.stderr)
         return 130
+    if not ranks.writes:
+        return 0
     checkpoint.save_student(folder / "student", loop)
     result = report.summary(loop.counters, settings, device, folder, seconds)
     checkpoint.write_json(folder / "summary.json", result)
@@ -191,7 +218,8 @@ def main(argv: list[str]) -> int:
             raise UsageError(f'needs {", ".join(missing)}: pip install "tip-kernels[opd]"')
         return make_models(options) if options.get("retrain") else run(options)
     except UsageError as error:
-        print(f"tip-kernels opd: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes each has the same error
+            print(f"tip-kernels opd: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -88,6 +88,8 @@ def parser() -> Parser:
     g = p.add_argument_group("what is kept")
     option(g, "--rule", str, "which tokens the student learns from", choices=tuple(RULES))
     option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
+    text = "what --keep is a share of: each rollout, a process's batch, or global: the batches of all processes"
+    option(g, "--scope", str, text, choices=("rollout", "batch", "global"))
     text = f"the loss on a kept token: {', '.join(DIVERGENCES)}; with parameters as in jsd:0.1 or alpha_beta:0.2,0.7"
     option(g, "--divergence", divergence, text, "NAME[:NUMBERS]")
     text = "adakd: the share of tokens kept falls with the loss, the hardest first, each with a temperature of its own"
@@ -95,7 +97,7 @@ def parser() -> Parser:
 
     g = p.add_argument_group("training")
     option(g, "--steps", whole(1), "optimizer steps, a rollout batch each", "N")
-    option(g, "--batch", whole(1), "prompts a step", "N")
+    option(g, "--batch", whole(1), "prompts a step, of all processes together", "N")
     option(g, "--lr", positive, "learning rate of AdamW", "RATE")
     option(g, "--warmup", whole(0), "steps over which the learning rate rises to --lr", "N")
     option(g, "--temperature", positive, "of the rollouts; 1 is on-policy", "T")
@@ -105,6 +107,8 @@ def parser() -> Parser:
     option(
         g, "--threads", whole(1), "CPU threads; default: 1 for models under 10M parameters, else torch's choice", "N"
     )
+    text = "with several processes, how long one waits for another before it gives up (default 600)"
+    g.add_argument("--timeout", type=positive, metavar="SECONDS", help=text)
     option(g, "--workspace-mib", positive, "memory that measuring and learning may use for logits", "MIB")
 
     g = p.add_argument_group("looking")

@@ -37,7 +37,7 @@ class Side:
 
     def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> tip.Head:
         """The logits from place `first` on, unformed; tokens (B, T) are left-padded, attention (B, T) is 0 there."""
-        takes = inspect.signature(self.model.forward).parameters
+        takes = inspect.signature(getattr(self.model, "module", self.model).forward).parameters  # inside DDP
         positions = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if "position_ids" in takes else {}
         return head_of(
             self.model,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tip_kernels.adaptive import AdaptiveFocus
 from tip_kernels.names import RULES, divergence_of
+from tip_kernels.select import QuotaRule
 
 PRESETS = ("adakd",)
 MODELS = {  # --model NAME: what it means where nothing else was typed
@@ -40,6 +41,7 @@ class Settings:
     chat: bool = False
     rule: str = "soft_or"
     keep: float | int = 0.2
+    scope: str = "rollout"
     divergence: str = "reverse_kl"
     preset: str | None = None  # takes the place of rule and keep
     teacher_topk: int | None = None  # None: the teacher's whole distribution
@@ -58,7 +60,8 @@ class Settings:
 
     def make_rule(self, generator: torch.Generator):
         """The selection rule, which draws from `generator` where it draws at all."""
-        return RULES[self.rule](self.keep, generator)
+        rule = RULES[self.rule](self.keep, generator)
+        return replace(rule, scope=self.scope) if isinstance(rule, QuotaRule) else rule
 
     @property
     def samples_tokens(self) -> bool:

@@ -3,6 +3,9 @@
 Nothing random outlives a step: prompts, rollouts and random rules draw from generators seeded by (seed, purpose, step).
 The state of a run is therefore its weights, its optimizer and its counters, AdaKD's focus among them, and a resumed run
 repeats an unbroken one bit for bit.
+
+Of several processes each has its share of a step's prompts and draws rollouts of its own. The loss is the mean over the
+tokens that all of them kept, the log's numbers are of all, and the weights stay the same bits on every one.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +25,11 @@ from tip_kernels.adaptive import adakd
 from tip_kernels.names import divergence_of
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.pair import Pair, Side, likeliest
+from tip_kernels.opd.ranks import Ranks
 from tip_kernels.opd.rollout import Rollouts, sample
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.task import Task
+from tip_kernels.select import spans_ranks
 from tip_kernels.topk import TopK
 
 CLIP = 1.0  # largest gradient norm
@@ -52,12 +58,20 @@ class Counters:
 class Loop:
     """A run between two steps. `step()` trains once, `evaluate()` looks; both return what the log gets."""
 
-    def __init__(self, settings: Settings, pair: Pair, task: Task, device: torch.device):
+    def __init__(self, settings: Settings, pair: Pair, task: Task, device: torch.device, ranks: Ranks | None = None):
         self.settings, self.pair, self.task, self.device = settings, pair, task, device
+        self.ranks = ranks or Ranks()
+        if settings.batch < self.ranks.count:
+            raise UsageError(
+                f"argument --batch: expected a prompt for each of {self.ranks.count} processes, got {settings.batch}"
+            )
         self.counters = Counters()
         sizes = [weight.numel() for side in (pair.teacher, pair.student) for weight in side.model.parameters()]
         if settings.threads or sum(sizes) < SMALL:
             torch.set_num_threads(settings.threads or 1)
+        self.student = pair.student  # what learns; with several processes their gradients are averaged
+        if self.ranks.count > 1:
+            self.student = replace(pair.student, model=torch.nn.parallel.DistributedDataParallel(pair.student.model))
         self.weights = [weight for weight in pair.student.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.divergence, self.focus = divergence_of(settings.divergence), settings.make_focus()
@@ -84,6 +98,7 @@ class Loop:
         return random.Random(f"{self.settings.seed} {purpose} {self.counters.step}").getrandbits(63)
 
     def generator(self, purpose: str) -> torch.Generator:
+        purpose = f"{purpose} {self.ranks.rank}" if self.ranks.rank else purpose
         return torch.Generator(self.device).manual_seed(self._seed(purpose))
 
     def complete(self, prompts: list[list[int]], temperature: float, generator=None) -> Rollouts:
@@ -101,13 +116,13 @@ class Loop:
     def rollouts(self) -> Rollouts:
         """The student's completions of this step's prompts."""
         drawn = self.task.draw(random.Random(self._seed("prompts")), self.settings.batch)
-        prompts = self.pair.encode(drawn, self.settings.chat)
+        prompts = self.pair.encode(drawn[self.ranks.rank :: self.ranks.count], self.settings.chat)
         return self.complete(prompts, self.settings.temperature, self.generator("rollouts"))
 
     def distil(self, rollouts: Rollouts) -> tip.Distilled:
         """Both models over the rollouts, the choice of tokens, and the loss on them."""
         return tip.distill(
-            response_head(self.pair.student, rollouts),
+            response_head(self.student, rollouts),
             self.teacher(rollouts),
             divergence=self.divergence,
             labels=self.labels(rollouts),
@@ -121,11 +136,16 @@ class Loop:
         began, counters = time.perf_counter(), self.counters
         rollouts = self.rollouts()
         out = self.distil(rollouts)
-        rows, kept = int(rollouts.mask.sum()), int(out.kept.mask.sum())
+        local = Sums.of(out, rollouts)
+        sums = Sums(*self.ranks.total(list(local)))
+        rows, kept = int(sums.rows), int(sums.kept)
         ratio = {"keep": self.focus.keep} if self.focus else {}
-        norm = self._learn(out.loss) if kept else None
+        loss, part = sums.loss, 1.0
+        if not spans_ranks(self.choice(rollouts.mask)["select"]):  # then the normaliser was this process's own
+            loss, part = sums.weighted_loss / max(sums.used, 1), local.used / max(sums.used, 1)
+        norm = self._learn(out.loss * (self.ranks.count * part)) if kept else None  # their gradients are averaged
         if self.focus and norm is not None:
-            self.focus.update(out.loss.detach())
+            self.focus.update(loss)
             counters.focus = self.focus.state_dict()
         counters.step += 1
         counters.rows += rows
@@ -133,10 +153,11 @@ class Loop:
         counters.skipped += norm is None
         seconds = time.perf_counter() - began
         counters.seconds += seconds
-        row = {"step": counters.step, "loss": out.loss.item() if kept else None, "rows": rows, "kept": kept}
-        row |= ratio | {"kept_share": kept / rows, "kept_mass": _kept_mass(out, rollouts.mask)}
-        row |= _overview(out.stats, rollouts.mask)
-        return row | {"grad_norm": norm, "ended": rollouts.ended.float().mean().item(), "seconds": seconds}
+        row = {"step": counters.step, "loss": loss if kept else None, "rows": rows, "kept": kept}
+        row |= ratio | {"kept_share": kept / rows, "kept_mass": sums.kept_kl / (sums.finite_kl or math.nan)}
+        row |= {"entropy": sums.entropy / rows, "kl_rev": sums.kl / rows}
+        row |= {f"q{i}": count / rows for i, count in enumerate(sums.quadrants, start=1)}
+        return row | {"grad_norm": norm, "ended": sums.ended / sums.rollouts, "seconds": seconds}
 
     @torch.no_grad()
     def teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
@@ -150,7 +171,7 @@ class Loop:
     def choice(self, mask: Tensor) -> dict:
         """What distill keeps and how it weighs it: AdaKD's arguments, or a rule with a plain mean over kept tokens."""
         if self.focus:
-            return adakd(self.focus, row_mask=mask)
+            return adakd(self.focus, row_mask=mask, scope=self.settings.scope)
         rule = self.settings.make_rule(self.generator("rule"))
         return {"select": rule, "row_mask": mask, "normalizer": "kept"}
 
@@ -182,9 +203,11 @@ class Loop:
         began, right, nats, rows = time.perf_counter(), 0, 0.0, 0
         top = math.log(self.pair.student.tokens)
         counts = torch.zeros(BINS, dtype=torch.int64)
+        mine = range(self.ranks.rank, len(self.held_out), self.ranks.count)
         chunk = 4 * self.settings.batch
-        for first in range(0, len(self.held_out), chunk):
-            rollouts = self.complete(self.held_out[first : first + chunk], temperature=0)
+        for first in range(0, len(mine), chunk):
+            indices = mine[first : first + chunk]
+            rollouts = self.complete([self.held_out[i] for i in indices], temperature=0)
             heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
             student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
             stats = tip.token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
@@ -192,23 +215,24 @@ class Loop:
             rows += len(student.hidden)
             counts += _histogram(stats.entropy_s, top)
             if self.task.judge:
-                right += sum(self.judge(rollouts, first))
+                right += sum(self.judge(rollouts, indices))
+        right, nats, rows, *tally = self.ranks.total([right, nats, rows, *counts.tolist()])
         counters, count = self.counters, len(self.held_out)
         counters.end_accuracy = right / count if self.task.judge else None
         counters.end_kl = nats / rows
         if counters.step == 0:
             counters.start_accuracy, counters.start_kl = counters.end_accuracy, counters.end_kl
         counters.seconds += time.perf_counter() - began
-        histogram = {"top": top, "counts": counts.tolist()}
+        histogram = {"top": top, "counts": [int(count) for count in tally]}
         return {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl, "entropy_histogram": histogram}
 
-    def judge(self, rollouts: Rollouts, first: int) -> list[bool]:
+    def judge(self, rollouts: Rollouts, indices: Sequence[int]) -> list[bool]:
+        """Whether the completions of these held-out prompts are right."""
         verdicts = []
-        for i, (completion, mask, ended) in enumerate(
-            zip(rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
-        ):
+        whole = zip(indices, rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
+        for index, completion, mask, ended in whole:
             text = self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True)
-            verdicts.append(self.task.judge(first + i, text, bool(ended)))
+            verdicts.append(self.task.judge(index, text, bool(ended)))
         return verdicts
 
     def train(self, after_step: Callable[[dict], bool]) -> None:
@@ -226,22 +250,59 @@ def response_head(side: Side, rollouts: Rollouts) -> tip.Head:
     return side.head(rollouts.tokens[:, :-1], rollouts.attention[:, :-1], first=rollouts.prompt_width - 1)
 
 
-def _overview(stats: tip.TokenStats, mask: Tensor) -> dict:
-    """Means over the response tokens: entropy and KL(student || teacher) in nats, and the share of each quadrant.
+class Sums(NamedTuple):
+    """What a step adds up, over the tokens of the completions and over all processes; entropies and KLs in nats.
 
     With a teacher of K tokens the KL is between what it lists and the rest as one: a lower bound.
     """
-    rows = mask.flatten()
-    shares = torch.bincount(tip.quadrants(stats, row_mask=mask)[rows].long(), minlength=5).float() / rows.sum()
-    overview = {"entropy": stats.entropy_s[rows].mean().item(), "kl_rev": stats.kl_rev[rows].mean().item()}
-    return overview | {f"q{i}": shares[i].item() for i in (1, 2, 3, 4)}
+
+    rows: float
+    kept: float
+    used: float  # kept, with a finite loss
+    loss: float
+    weighted_loss: float  # loss * used
+    entropy: float
+    kl: float  # KL(student || teacher)
+    finite_kl: float  # without the tokens where it is infinite or unknown
+    kept_kl: float  # of the kept ones among these
+    ended: float
+    rollouts: float
+    q1: float
+    q2: float
+    q3: float
+    q4: float
+
+    @property
+    def quadrants(self) -> tuple[float, ...]:
+        return self[-4:]
+
+    @classmethod
+    def of(cls, out: tip.Distilled, rollouts: Rollouts) -> Sums:
+        rows, stats, loss = rollouts.mask.flatten(), out.stats, out.loss.item()
+        finite_kl, kept_kl = _kl_sums(out, rollouts.mask)
+        used = int(out.plan.kept_rows - out.plan.dropped_rows)
+        quadrants = torch.bincount(tip.quadrants(stats, row_mask=rollouts.mask)[rows].long(), minlength=5)
+        return cls(
+            int(rows.sum()),
+            int(out.kept.mask.sum()),
+            used,
+            loss,
+            loss * used,
+            stats.entropy_s[rows].double().sum().item(),
+            stats.kl_rev[rows].double().sum().item(),
+            finite_kl,
+            kept_kl,
+            int(rollouts.ended.sum()),
+            rollouts.ended.numel(),
+            *quadrants.tolist()[1:],
+        )
 
 
-def _kept_mass(out: tip.Distilled, mask: Tensor) -> float:
-    """The kept tokens' part of the whole KL(student || teacher); tokens of infinite or unknown KL are left out."""
+def _kl_sums(out: tip.Distilled, mask: Tensor) -> tuple[float, float]:
+    """KL(student || teacher) over the tokens and over the kept ones; where it is infinite or unknown it is left out."""
     kl = out.stats.kl_rev.double()
     kl = torch.where(mask.flatten() & kl.isfinite(), kl, 0.0)
-    return (kl[out.kept.mask].sum() / kl.sum()).item()
+    return kl.sum().item(), kl[out.kept.mask].sum().item()
 
 
 def _histogram(entropy: Tensor, top: float) -> Tensor:
