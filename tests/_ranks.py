@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import traceback
@@ -477,6 +478,25 @@ def a_step_of_the_main_job_is_that_of_one_process_on_all_rollouts(group):
                 assert error <= 1e-4, f"{scope}: off by {error:.1e}"
     finally:
         torch.nn.parallel.DistributedDataParallel = ddp
+
+
+@check(4)
+def the_readme_s_block_runs(group):
+    """On two ranks of rows, each of two shards."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"## Past one device\n.*?```python\n(.*?)```", readme, flags=re.S)
+    rank = dist.get_rank(group)
+    rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
+    shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
+    case, teacher = head_case(20, 50, 8, seed=30), head_case(20, 50, 8, seed=31).head
+    hidden, weight = leaf(case.hidden[rank // 2 * 10 :][:10]), leaf(shard(shards, case.weight))
+    names = {"tip": tip, "hidden": hidden, "my_rows_of_the_head": weight, "data_parallel_ranks": 2}
+    names |= {"teacher": tip.Head(teacher.hidden[rank // 2 * 10 :][:10], teacher.weight)}
+    exec(block, names | {"tensor_parallel_group": shards, "data_parallel_group": rows})
+    whole = case.leaves()
+    tip.distill(whole.head, teacher, select=tip.SoftOr(0.2, scope="batch")).loss.backward()
+    dist.all_reduce(weight.grad, group=rows)
+    assert relative_error(weight.grad / 2, shard(shards, whole.weight.grad).double()) <= 3e-6
 
 
 def train_head(side, rollouts) -> tip.Head:

@@ -15,7 +15,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.M))
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.S) for name, text in SECTIONS.items()}
 MODELS = ("With transformers", "Any loop")  # sections whose code is about models; elsewhere it is about tensors
-RUN_ELSEWHERE = {"With TRL"}  # by tests/test_hooks_trl.py
+RUN_ELSEWHERE = {"With TRL", "Past one device"}  # by tests/test_hooks_trl.py and tests/_ranks.py
 
 
 def tensors() -> dict[str, object]:
