@@ -158,6 +158,13 @@ def test_row_stats_takes_another_scale_and_softcap_for_each_model():
     hold(stats, 0.5 * z_s.double(), 5 * torch.tanh(z_t.double() / 5))
 
 
+def test_row_stats_of_a_softcap_far_above_the_logits_keeps_their_digits():
+    """There tanh is nearly the identity, and an absolute error of it would be multiplied by the softcap."""
+    z_s, z_t = ordinary(2, 1300)
+    stats = measured(z_s, z_t, softcap_s=1000.0, softcap_t=1000.0)
+    hold(stats, z_s, z_t, lambda z: 1000.0 * torch.tanh(z / 1000.0))
+
+
 def test_row_stats_of_strided_rows_has_the_bits_of_contiguous_ones():
     z_s, z_t = ordinary(3, 1300)
     wide_s, wide_t = torch.full((6, 1303), NAN), torch.full((3, 2000), NAN)
@@ -177,6 +184,17 @@ def test_row_stats_margins_and_agreement_take_ties_in_order():
     hold(stats, z_s, z_t)
     assert stats["agree"].tolist() == [True, False, True, False]
     assert stats["margin_s"][:3].tolist() == [0.0, 0.0, 2.0] and stats["margin_t"][3] == INF
+
+
+def test_row_stats_finds_both_of_the_two_largest_in_one_lane():
+    """A tile has 256 lanes: columns 5 and 261 meet in one before any are compared across lanes."""
+    z_s = torch.full((3, 1500), -1.0)
+    z_s[0, [5, 261]], z_s[1, 5], z_s[1, 261], z_s[2, 5], z_s[2, 261] = 3.0, 2.0, 3.0, 3.0, 2.0
+    z_t = torch.full((3, 1500), -1.0)
+    z_t[:, 5] = 1.0
+    stats = measured(z_s, z_t, margins=True)
+    hold(stats, z_s, z_t)
+    assert stats["margin_s"].tolist() == [0.0, 1.0, 1.0] and stats["agree"].tolist() == [True, False, True]
 
 
 def test_row_stats_makes_broken_rows_nan_and_leaves_their_neighbours():

@@ -512,6 +512,20 @@ def test_sample_entropy_draws_rows_of_zero_weight_last_and_uniformly():
         assert ((often - 0.5).abs() < 4.5 * (1 / 4 / draws) ** 0.5).all()
 
 
+def test_sample_entropy_raises_each_statistic_to_its_power():
+    """Scores of the same noise differ by gamma and alpha times the log of what they are powers of."""
+    stats = random_stats(24)
+
+    def scores(alpha: float, gamma: float) -> torch.Tensor:
+        rule = sel.SampleEntropy(3, alpha=alpha, gamma=gamma, generator=torch.Generator().manual_seed(0))
+        score = rule(stats).scores.double()
+        return score - score[0]
+
+    h, d = (getattr(stats, name).double().log() for name in ("entropy_s", "hellinger_sq"))
+    torch.testing.assert_close(scores(1.0, 2.5) - scores(1.0, 0.5), 2 * (d - d[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores(2.5, 0.5) - scores(0.5, 0.5), 2 * (h - h[0]), rtol=1e-4, atol=1e-4)
+
+
 def test_sample_entropy_ignores_the_unit_of_entropy():
     stats = random_stats(200)
     scaled = stats_of(entropy_s=stats.entropy_s / 4)

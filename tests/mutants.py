@@ -1,0 +1,609 @@
+"""Small wrong edits, each of which the tests named beside it must catch:   python tests/mutants.py [WORD ...] [-j N]
+
+Every mutant is made in a copy of the package of its own and meets only its own tests, which first have to pass on the
+package as it is. A survivor is a claim that no test holds. Words choose the mutants whose file, edit or tests hold one.
+"""
+
+# ruff: noqa: E501 (an edit is one line)
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 300  # of one mutant's tests, after which it counts as caught: it hangs
+
+
+class Mutant(NamedTuple):
+    """One edit of a file of the package: `old`, which stands there once, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    tests: str  # files in tests/ with what pytest takes after ::, one after the other
+
+
+STATS = "test_stats.py::test_every_statistic_is_no_worse_than_eager_fp32"
+TILES = "test_stats.py::test_a_tiny_workspace_gives_the_same_statistics test_stats.py::test_vocabularies_of_any_size"
+BANS = "test_stats.py::test_a_divergence_is_infinite_exactly_where_a_banned_token_is_allowed"
+BROKEN = "test_stats.py::test_a_broken_row_is_nan_and_its_neighbours_keep_their_bits"
+COLD = "test_stats.py::test_banned_tokens_at_a_temperature_near_zero_are_no_nan"
+FLAT = "test_stats.py::test_a_flat_model_beside_a_peaked_one_keeps_its_digits"
+TIES = "test_stats.py::test_equal_logits_tie_to_the_lower_id"
+LABELS = "test_stats.py::test_a_label_of_minus_100_is_nan_and_a_banned_one_minus_infinity"
+LOWEST = "test_stats.py::test_the_lowest_number_of_a_wide_dtype_is_a_banned_label_and_no_second_logit"
+HEADS = "test_stats.py::test_heads_measure_like_the_logits_they_stand_for"
+FAMILY = "test_divergences.py::test_value_and_gradient_are_no_worse_than_eager_fp32"
+FINITE = "test_divergences.py::test_values_are_finite_exactly_where_the_mathematics_is"
+LEAVES = "test_divergences.py::test_gradients_reach_every_leaf_of_a_head_with_bias_scale_and_softcap"
+LEAVES += "_at_a_temperature_per_row"
+ROW_TAU = "test_divergences.py::test_a_temperature_per_row"
+SAMPLED = "test_divergences.py::test_sampled_reverse_kl_is_the_score_function_form"
+CE = "test_divergences.py::test_a_label_loss_mixes_in_at_temperature_one"
+CLIP = "test_divergences.py::test_a_clipped_row_keeps_the_limit_and_has_no_gradient"
+SELECT = "test_select.py"
+PAPERS = "test_select_papers.py"
+ADAPTIVE = "test_adaptive.py"
+ONE = "test_one_sweep.py"
+ONE_IS_TWO = "test_one_sweep.py::test_one_sweep_is_two"
+TOPK = "test_topk.py"
+TOPK_STATS = "test_topk.py::test_every_statistic_is_that_of_the_outcomes"
+TOPK_GRAD = "test_topk.py::test_every_gradient_is_that_of_the_outcomes"
+KERNEL = "test_kernels.py::test_row_stats_is_no_worse_than_eager_fp32"
+KERNEL_ANY = "test_kernels.py::test_row_stats_takes_any_vocabulary"
+KERNEL_TOP = "test_kernels.py::test_row_stats_margins_and_agreement_take_ties_in_order"
+KERNEL_LANE = "test_kernels.py::test_row_stats_finds_both_of_the_two_largest_in_one_lane"
+KERNEL_NAN = "test_kernels.py::test_row_stats_makes_broken_rows_nan_and_leaves_their_neighbours"
+KERNEL_RISE = "test_kernels.py::test_row_stats_finds_what_rises_far_above_the_first_columns"
+KERNEL_ONE = "test_kernels.py::test_row_stats_of_the_student_alone"
+KERNEL_FAMILY = "test_kernels.py::test_family_values_and_gradients_are_those_of_float64"
+KERNEL_GRAD = "test_kernels.py::test_gradient_is_that_of_float64_autograd"
+KERNEL_LABEL = "test_kernels.py::test_gradient_adds_labels_and_a_cross_entropy_at_temperature_one"
+KERNEL_CAP = "test_kernels.py::test_gradient_goes_through_scale_softcap_and_row_temperature"
+DISTILL = "test_distill.py"
+NORMALIZER = "test_distill.py::test_the_normalizer_divides_the_weighted_sum"
+BACKWARD = "test_backward.py"
+
+ONLINE = [
+    # the fold: every sum of a tile
+    ('f"L_{model}": e_x.sum(1)', 'f"L_{model}": e_x[:, 1:].sum(1)', STATS),
+    ("mul_(2.0 * unit))", "mul_(1.9 * unit))", STATS),
+    ("w[-1], out=scratch).sum(1).mul_(0.5)", "w[-1], out=scratch).sum(1).mul_(0.51)", STATS),
+    ("- drift * drift", "", STATS),
+    ("(2 * root_s * root_t)", "(2 * root_s * root_s)", STATS),
+    ("(ban_s & ~ban_t).any(1)", "ban_s.any(1)", STATS),
+    ("(ban_t & ~ban_s).any(1)", "ban_t.any(1)", STATS),
+    ("                    w[-1].clamp_(min=FLOOR)", "                    pass", COLD),
+    ("torch.mul(e[1], gap, out=scratch).sum(1).mul_(0.5)", "torch.mul(e[0], gap, out=scratch).sum(1).mul_(0.5)", STATS),
+    ("sum(1).mul_(-0.5)", "sum(1).mul_(0.5)", STATS),
+    ("add_(w_s, alpha=0.5 * blend.b)", "add_(w_s, alpha=0.5 * blend.a)", FAMILY),
+    ("(ban_t if blend.a else zero)", "zero", FAMILY),
+    ("(ban_s if blend.b else zero)", "zero", FAMILY),
+    ("total = w.sub_(m).mul_(2.0)", "total = w.mul_(2.0)", FAMILY),
+    ("    x.clamp_(min=FLOOR)\n", "", STATS),
+    # the merge
+    ('k.amax(0)\n', 'k[0]\n', TILES),
+    ('(a[model] * p[f"L_{model}"]).sum(0)', '(r[model] * p[f"L_{model}"]).sum(0)', TILES),
+    ('(p[f"A_{model}"] + d[model] * p[f"L_{model}"])', 'p[f"A_{model}"]', TILES),
+    ("(d[model] - d[other])", "(d[other] - d[model])", TILES),
+    ('(a[model] * shifted).sum(0)', '(a[other] * shifted).sum(0)', TILES),
+    ("w_t * w_s * p", "w_t * w_t * p", TILES),
+    ("+ 0.5 * (w_t - w_s).square()", "", TILES),
+    ("out[flag] = p[flag].amax(0)", "out[flag] = p[flag][0]", TILES),
+    (" * unit).clamp(min=FLOOR)", " * unit)", COLD),
+    ("+ name.b * d[\"s\"]", "", "test_losses.py::test_a_tiny_workspace_gives_the_same_gradients " + FAMILY),
+    ('out["sum", name] = (torch.exp2(2.0 *', 'out["sum", name] = (torch.exp2(1.0 *', FAMILY),
+    # the finish
+    ("torch.where(k > FLOOR, total.log(), torch.nan)", "total.log()", BROKEN),
+    ('out[f"lse_{model}"] = k / temperature + logsum', 'out[f"lse_{model}"] = k + logsum',
+     "test_stats.py::test_a_temperature_divides_both_models_logits"),
+    ("logsum - NATS * state", "logsum + NATS * state", STATS),
+    ("torch.log(total_other / total)", "torch.log(total / total_other)", STATS),
+    ("torch.log(total_other / total)", "torch.log1p((total_other - total) / total)", FLAT),
+    ("/ total)).clamp_(min=0.0)", "/ total))", "test_stats.py::test_divergences_are_never_negative"),
+    ("torch.where(state[f\"ban_{other}\"] > 0, torch.inf, kl)", "kl", BANS),
+    ('out[field] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, kl)', "out[field] = kl", BROKEN),
+    ('torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, hellinger_sq)', "hellinger_sq", BROKEN),
+    ('blend.a * out["logsum_t"]', 'blend.b * out["logsum_t"]', FAMILY),
+    ("if power < 0 else value", "if power < -9 else value", FINITE),
+    ("torch.where(state[blend] > FLOOR, value, -torch.inf)", "value", FINITE),
+]  # fmt: skip
+
+ROW_GRAD = [
+    ("return exp(lp_s).sub_(exp(lp_t))", "return exp(lp_s).sub_(exp(lp_s))"),
+    ('.sub_(rows["kl_rev"])', ""),
+    ('mul_(1 - rows["hellinger_sq"])', "mul_(1)"),
+    ('.sub_(exp(0.5 * (lp_s + lp_t))).mul_(0.5)', '.sub_(exp(0.5 * (lp_s + lp_t)))'),
+    ('blend = (alpha * lp_t).add_(lp_s, alpha=1 - alpha)', 'blend = (alpha * lp_t).add_(lp_s, alpha=alpha)'),
+    ('.sub_(rows["log_blend"])', ""),
+    ('g = exp((a + b) * lp_s)', "g = exp(a * lp_s)"),
+    ('return g.sub_(exp(lp_s).mul_(rows["sum_g"])).div_(a)', 'return g.sub_(exp(lp_s).mul_(rows["sum_g"]))'),
+    ('return g.sub_(exp(lp_s).mul_(rows["sum_g"])).div_(a)', "return g.div_(a)"),
+    ('"kl_t": log_s_over_mixture(lp_t, lp_s, 1 - weight_t)', '"kl_t": log_s_over_mixture(lp_t, lp_s, weight_t)'),
+    ('sub_(rows["kl_s"]).mul_(exp(lp_s)).mul_(1 - weight_t)', 'sub_(rows["kl_s"]).mul_(exp(lp_s)).mul_(weight_t)'),
+    ('sub_(rows["kl_s"]).mul_(exp(lp_s)).mul_(1 - weight_t)', 'mul_(exp(lp_s)).mul_(1 - weight_t)'),
+    ('log_s_over_mixture(lp_t, lp_s, 1 - a).mul_(p_t)', 'log_s_over_mixture(lp_t, lp_s, a).mul_(p_t)'),
+    ('"mean_share": share.mul_(p_t)', '"mean_share": share'),
+    ('exp(lp_s).mul_(rows["mean_share"]).sub_(share.mul_(exp(lp_t)))',
+     'exp(lp_s).mul_(rows["mean_share"]).sub_(share)'),
+    ('share = 0.0 if detached else', 'share = 0.0 if not detached else'),
+    ('.mul_(a).sub_(rows["mean_share"])', ".mul_(a)"),
+    ('return g.sub_(share).sub_(rows["value"])', "return g.sub_(share)"),
+    ('exp(log_share).mul_(a).mul_(p_s)', "exp(log_share).mul_(a)"),
+    ('"value": gap.abs().mul_(0.5)', '"value": gap.abs()'),
+    ('"mean_sign": gap.sign_().mul_(p_s)', '"mean_sign": gap.sign_()'),
+    ('.sign_().sub_(rows["mean_sign"])', ".sign_()"),
+    ('{"value": (up - down).mul_(d)', '{"value": (up + down).mul_(d)'),
+    ('"sum_g": down.sub(up).sub_(down.mul_(d))}', '"sum_g": down.sub(up)}'),
+    ('.sub_(p_s.mul_(rows["sum_g"]))', ""),
+    ("z.clamp_(min=FLOOR).sub_(shift)", "z.sub_(shift)"),
+    ("g = g if term.weight == 1.0 else g.mul_(term.weight)", "g = g"),
+    ("total = g if total is None else total.add_(g)", "total = g"),
+    ("log_ratio.add_(math.log(weight_t))", "log_ratio.add_(math.log1p(-weight_t))"),
+]  # fmt: skip
+
+TRITON_ONLINE = [
+    ("tl.fma(h, h, lanes.mass)", "tl.fma(h, e, lanes.mass)", KERNEL),
+    ("tl.fma(e, u, lanes.moment)", "tl.fma(h, u, lanes.moment)", KERNEL),
+    ("tl.fma(e_t, d, lanes.drift_t)", "tl.fma(e_s, d, lanes.drift_t)", KERNEL),
+    ("tl.fma(e_s, d, lanes.drift_s)", "tl.fma(e_t, d, lanes.drift_s)", KERNEL),
+    ("tl.fma(g, g, lanes.spread)", "tl.fma(g, h_t, lanes.spread)", KERNEL),
+    ("tl.maximum(lanes.far, tl.abs(d))", "lanes.far",
+     "test_kernels.py::test_row_stats_takes_the_lowest_number_of_a_dtype_for_a_ban"),
+    ("grew = y > top.first", "grew = y >= top.first", KERNEL_LANE),
+    ("tl.maximum(top.second, tl.minimum(top.first, y))", "top.second", KERNEL_LANE),
+    ("tl.where(column == winner, top.second, top.first)", "top.second", KERNEL_TOP),
+    ("(one.mass > 0.0) & (one.mass < float(\"inf\")) & (tl.abs(one.moment) < float(\"inf\"))", "one.mass > 0.0",
+     KERNEL + " " + KERNEL_NAN + " " + KERNEL_RISE),
+    ("shift = grid_ceil(most)", "shift = most", KERNEL_FAMILY),
+    ("tl.where(banned, FLOOR, tl.fma(y, across(unit, AXIS), -across(shift, AXIS)))",
+     "tl.fma(y, across(unit, AXIS), -across(shift, AXIS))", KERNEL + " " + KERNEL_ANY),
+    ("return One(shift, tl.sum(e, AXIS), tl.sum(e * u, AXIS)), u, h, e",
+     "return One(shift, tl.sum(h, AXIS), tl.sum(e * u, AXIS)), u, h, e", KERNEL_ANY),
+    ("tl.sum(e, AXIS), tl.sum(e * u, AXIS)), u, h, e", "tl.sum(e, AXIS), tl.sum(h * u, AXIS)), u, h, e", KERNEL_ANY),
+    ("ban_s = tl.max(tl.where(banned_s & (banned_t == 0), 1.0, 0.0), AXIS)",
+     "ban_s = tl.max(tl.where(banned_s, 1.0, 0.0), AXIS)", KERNEL),
+    ("ban_t = tl.max(tl.where(banned_t & (banned_s == 0), 1.0, 0.0), AXIS)",
+     "ban_t = tl.max(tl.where(banned_t, 1.0, 0.0), AXIS)", KERNEL),
+    ("return Pair(tl.sum(e_t * d, AXIS), tl.sum(e_s * d, AXIS), tl.sum(g * g, AXIS), ban_s, ban_t)",
+     "return Pair(tl.sum(e_s * d, AXIS), tl.sum(e_s * d, AXIS), tl.sum(g * g, AXIS), ban_s, ban_t)", KERNEL_ANY),
+    ("a = tl.exp2(2.0 * d)\n", "a = tl.exp2(d)\n", KERNEL),
+    ("a * tl.fma(d, one.mass, one.moment)", "a * one.moment", KERNEL),
+    ("r_t * r_t * tl.fma(d, t.mass, pair.drift_t)", "r_t * r_t * pair.drift_t", KERNEL),
+    ("r_s * r_s * tl.fma(d, s.mass, pair.drift_s)", "r_s * r_s * tl.fma(d, t.mass, pair.drift_s)", KERNEL),
+    ("(r_t - r_s) * (r_t * t.mass - r_s * s.mass)", "0.0", KERNEL),
+    ("One(shift, a.mass + b.mass, a.moment + b.moment)", "One(shift, a.mass + b.mass, a.moment)", KERNEL_ANY),
+    ("p.drift_t + p2.drift_t", "p.drift_t", KERNEL_ANY),
+    ("p.drift_s + p2.drift_s", "p.drift_s", KERNEL_ANY),
+    ("p.spread + p2.spread", "p.spread", KERNEL_ANY),
+    ("tl.maximum(p.ban_s, p2.ban_s)", "p.ban_s", KERNEL),
+    ("tl.maximum(p.ban_t, p2.ban_t)", "p.ban_t", KERNEL),
+    ("a.first == b.first, tl.minimum(a.column, b.column)", "a.first == b.first, tl.maximum(a.column, b.column)",
+     KERNEL_TOP),
+    ("tl.maximum(tl.minimum(a.first, b.first), tl.maximum(a.second, b.second))", "tl.minimum(a.first, b.first)",
+     KERNEL_TOP),
+    ("return shift, tl.fma(k, C, -shift) + k * C_TAIL", "return shift, k * 0.0", KERNEL_FAMILY),
+    ("(one.shift > FLOOR) & (one.mass > 0.0)", "one.shift > FLOOR", KERNEL_NAN),
+    ("log_mass - C * (one.moment / mass)", "log_mass + C * (one.moment / mass)", KERNEL),
+    ("log1p((mass_s - mass_t) / mass_t)", "log1p((mass_t - mass_s) / mass_t)", KERNEL),
+    ("log1p((mass_t - mass_s) / mass_s)", "0.0", KERNEL),
+    ("(pair.spread - root * root)", "pair.spread", KERNEL_ANY),
+    ("tl.where(pair.ban_s > 0.0, float(\"inf\"), kl_fwd)", "kl_fwd", KERNEL),
+    ("tl.where(pair.ban_t > 0.0, float(\"inf\"), kl_rev)", "kl_rev", KERNEL),
+    ("return tl.where(ok, kl_fwd, nan), tl.where(ok, kl_rev, nan)", "return kl_fwd, kl_rev", KERNEL_NAN),
+    ("tl.where(w < 0.3, near,", "tl.where(w < 0.0, near,",
+     "test_kernels.py::test_row_stats_of_a_softcap_far_above_the_logits_keeps_their_digits"),
+    ("return tl.where(v < 0.0, -w, w)", "return w",
+     "test_kernels.py::test_row_stats_applies_scale_softcap_and_temperature"),
+    ("outer * HALF_LOG2E / temperature", "outer * HALF_LOG2E",
+     "test_kernels.py::test_row_stats_applies_scale_softcap_and_temperature"),
+]  # fmt: skip
+
+TRITON_FAMILY = [
+    ("tl.fma(w, p_s - p_t, g)", "tl.fma(w, p_t - p_s, g)"),
+    ("tl.fma(l_s - l_t, w * LN2, -w * kl_rev)", "tl.fma(l_s - l_t, w, -w * kl_rev)"),
+    ("tl.fma(p_s, 1.0 - h2, -tl.exp2(0.5 * (l_s + l_t)))", "tl.fma(p_s, 1.0, -tl.exp2(0.5 * (l_s + l_t)))"),
+    ("- log_blend * LOG2E)", ")"),
+    ("tl.fma(w / a, tl.exp2((a + b) * l_s)", "tl.fma(w, tl.exp2((a + b) * l_s)"),
+    ("w * (1.0 - weight_t) * LN2, -w * (1.0 - weight_t) * kl_s)", "w * (1.0 - weight_t) * LN2, 0.0 * kl_s)"),
+    ("return LN2 * p_s * ratio_s, LN2 * p_t * ratio_t", "return LN2 * p_s * ratio_s, LN2 * p_s * ratio_t"),
+    ("p_s * mean_share - p_t * share", "p_s * mean_share - p_s * share"),
+    ("return LN2 * p_t * ratio_t, p_t * (1.0 - a) * tl.exp2(ratio_s)",
+     "return LN2 * p_t * ratio_t, p_s * (1.0 - a) * tl.exp2(ratio_s)"),
+    ("(1.0 - detached) * (a * tl.exp2(ratio) - mean_share)", "a * tl.exp2(ratio) - mean_share"),
+    ("LN2 * ratio - share - value", "LN2 * ratio - share"),
+    ("return LN2 * p_s * ratio, a * p_s * tl.exp2(ratio)", "return LN2 * p_s * ratio, p_s * tl.exp2(ratio)"),
+    ("sign(p_s - p_t) - mean_sign", "sign(p_s - p_t)"),
+    ("return 0.5 * tl.abs(p_s - p_t), p_s * sign(p_s - p_t)", "return tl.abs(p_s - p_t), p_s * sign(p_s - p_t)"),
+    ("down - up - down * d - p_s * sum_g", "down - up - p_s * sum_g"),
+    ("return (up - down) * d, down - up - down * d", "return (up - down) * d, down - up"),
+    ("w *= numbers[P]", "w *= 1.0"),
+    ("-tl.maximum(a, b + d) - rest", "-tl.maximum(a, b) - rest"),
+    ("return LN2 * d, sigmoid2(beta * d) * p_t", "return LN2 * d, sigmoid2(d) * p_t"),
+]  # fmt: skip
+
+TRITON_ROWS = [
+    ("row_grad.py", "l_t = tl.where(l_s > NEVER, l_t, NEVER)  # ", "pass  # ",
+     "test_kernels.py::test_gradient_of_a_one_sided_ban_is_finite_where_the_divergence_is"),
+    ("row_grad.py", "g += tl.where(at == label[0], label[1], 0.0)", "g += 0.0", KERNEL_LABEL),
+    ("row_grad.py", "g = tl.fma(label[2], tl.exp2(", "g = tl.fma(-label[2], tl.exp2(", KERNEL_LABEL),
+    ("row_grad.py", "g *= 1.0 - y_s * y_s", "g *= 1.0", KERNEL_CAP),
+    ("row_grad.py", "((upstream != 0.0) | some) & finite & (row >= 0)", "((upstream != 0.0) | some) & (row >= 0)",
+     "test_kernels.py::test_gradient_of_an_infinite_or_broken_row_is_zero"),
+    ("row_grad.py", "((upstream != 0.0) | some) & finite & (row >= 0)", "finite & (row >= 0)",
+     "test_kernels.py::test_gradient_of_weight_zero_is_zero_whatever_the_logits_hold"),
+    ("row_grad.py", "end = tl.where(row >= 0, end, begin)", "end = end",
+     "test_kernels.py::test_gradient_leaves_empty_slots_alone"),
+    ("row_grad.py", "w = upstream * (slope / temperature)", "w = upstream * slope", KERNEL_CAP),
+    ("row_grad.py", "slope *= inner_s", "slope *= 1.0", KERNEL_CAP),
+    ("row_grad.py", "slot = (pid // n_chunks).to(tl.int64)\n    row = slot\n", "slot = pid // n_chunks\n    row = slot\n",
+     "test_kernels.py::test_rows_past_two_to_the_31_elements_are_read_and_written "
+     "test_contracts.py::test_rows_past_two_to_the_31_elements_measure_and_learn_as_near_ones"),
+    ("row_stats.py", "row = (pid // n_parts).to(tl.int64)", "row = pid // n_parts",
+     "test_kernels.py::test_rows_past_two_to_the_31_elements_are_read_and_written "
+     "test_contracts.py::test_rows_past_two_to_the_31_elements_measure_and_learn_as_near_ones"),
+    ("row_sums.py", "slot = (pid // n_parts).to(tl.int64)", "slot = pid // n_parts",
+     "test_contracts.py::test_rows_past_two_to_the_31_elements_measure_and_learn_as_near_ones"),
+    ("row_stats.py", "tl.where(top.second > FLOOR, margin, float(\"inf\"))", "margin", KERNEL_TOP),
+    ("row_stats.py", "return tl.where(inside, y, float(\"-inf\"))", "return y", KERNEL_ANY),
+    ("row_stats.py", "tries = tl.where(high, tries - 1, 0)", "tries = 0", KERNEL_RISE),
+    ("row_sums.py", "for _ in range(1, n_parts):", "for _ in range(2, n_parts):", "test_kernels.py -k row_sums"),
+    ("row_sums.py", "l_s = tl.where(inside, l_s, NEVER)", "l_s = l_s", KERNEL_FAMILY),
+    ("row_sums.py", 'tl.where(row >= 0, tl.sum(sums[i]), float("nan"))', "tl.sum(sums[i])", "test_kernels.py -k row_sums"),
+]  # fmt: skip
+
+RANKING = [
+    ("(q * (rows.sum().double() - 1))", "(q * rows.sum().double())", SELECT),
+    ("torch.where(rows, x, torch.inf).double().sort()", "x.double().sort()", SELECT),
+    ("(1 - part) * below + part * above", "below", SELECT),
+    ("torch.where(x.isposinf(), 1.0, torch.where(width", "torch.where(x.isposinf(), 0.0, torch.where(width", SELECT),
+    ("torch.where(width > 0, (x - low) / width, 0.0)", "(x - low) / width", SELECT),
+    ("below.double() / (n - 1), 1.0)", "below.double() / n, 1.0)", SELECT),
+    ("scores.argsort(descending=True, stable=True)", "scores.flip(0).argsort(descending=True, stable=True)", SELECT),
+    ("order = order[(~eligible[order]).argsort(stable=True)]\n", "order = order\n", SELECT),
+    ("population[order].long()", "eligible[order].long()", SELECT),
+    ("+ 1e-6).floor()", ").floor()", SELECT),
+    ("next_best = torch.where(quota < m, next_best, -torch.inf)\n", "next_best = next_best\n", SELECT),
+    ("- start < quota) & eligible[order]", "- start < quota)", SELECT),
+    ("same[1:] = ordered[1:] == ordered[:-1]", "same[1:] = False", SELECT),
+]  # fmt: skip
+
+RULES = [
+    ("eligible = eligible & (x > _cut(self.above, x, population))", "eligible = eligible & (x >= _cut(self.above, x, population))"),
+    ("eligible = eligible & (x < _cut(self.below, x, population))", "eligible = eligible & (x <= _cut(self.below, x, population))"),
+    ("population = population & ~value.isnan()", "population = population"),
+    ('if self.scope == "batch":\n            group = torch', 'if self.scope == "x":\n            group = torch'),
+    ("(high + low * (1 - high))", "(high + low)"),
+    ("torch.where(d.isinf(), d, d * (1 - _normal_entropy", "torch.where(d.isinf(), 0 * d, d * (1 - _normal_entropy"),
+    ("d * (1 - _normal_entropy(values, population))", "d * _normal_entropy(values, population)"),
+    ("confident = entropy < _cut", "confident = entropy > _cut"),
+    ("& confident & (d > _cut", "& confident | (d > _cut"),
+    ("torch.xlogy(self.alpha, values", "torch.xlogy(1.0, values"),
+    ("torch.xlogy(self.gamma, values", "torch.xlogy(1.0, values"),
+    ("exponential_(generator=self.generator)", "uniform_(generator=self.generator)"),
+    ("- runner_up))", "))"),
+    ("torch.where(mask, 1 / inclusion, 0.0)", "torch.where(mask, inclusion, 0.0)"),
+    ("torch.where(log_w > -torch.inf, log_w - largest, zero)", "log_w - largest"),
+    ("low_entropy = h < _cut", "low_entropy = h <= _cut"),
+    ("low_divergence = ~(d > _cut(", "low_divergence = (d < _cut("),
+    ("1 + 2 * low_entropy.to(torch.int8) + low_divergence", "1 + low_entropy.to(torch.int8) + 2 * low_divergence"),
+    ("quantile(entropy, population, 0.98)", "quantile(entropy, population, 0.9)"),
+    ("torch.arange(math.prod(shape), device=device) // max(tokens, 1)", "torch.arange(math.prod(shape), device=device) * 0"),
+    ("bound = self.keep * n_rows + (1 - self.keep) * self.min_rows", "bound = self.keep * n_rows + self.keep * self.min_rows"),
+    ("n_groups * max(self.keep, self.min_rows)", "n_groups * self.keep"),
+    ("spare, ids = (~self.mask).sort(stable=True)", "spare, ids = (~self.mask).sort(stable=True, descending=True)"),
+]  # fmt: skip
+
+RULES_OF_PAPERS = [
+    ('return values["entropy_s"] - values["entropy_t"]', 'return values["entropy_t"] - values["entropy_s"]'),
+    ("torch.sigmoid(self._scores(values, population))", "self._scores(values, population)"),
+    ("ce_s / (ce_t + self.epsilon)", "ce_t / (ce_s + self.epsilon)"),
+    ("torch.where(ce_s.isinf() & ce_t.isinf(), 1.0,", "torch.where(ce_s.isinf() & ce_t.isinf(), 0.0,"),
+    ("return (d * c).float()", "return (d + c).float()"),
+    ("< self.top_k\n        return", "<= self.top_k\n        return"),
+    ("(accepted == self.agreeing)", "(accepted != self.agreeing)"),
+    ("torch.where(chosen, 1.0, self.other_weight)", "torch.where(chosen, self.other_weight, 1.0)"),
+    ("quantile(x, finite, 0.05), quantile(x, finite, 0.95)", "quantile(x, finite, 0.0), quantile(x, finite, 1.0)"),
+    ("torch.where(x.isposinf(), 1.0, inside)", "inside"),
+    ("return torch.zeros_like(population, dtype=torch.float32)", "return torch.arange(population.numel()).float()"),
+    ("expect(ok, \"stats\", f\"statistics measured with top_k={self.top_k}\"", "expect(True, \"stats\", f\"statistics measured with top_k={self.top_k}\""),
+]  # fmt: skip
+
+ADAKD = [
+    ("self.beta * self._average + (1 - self.beta) * loss", "(1 - self.beta) * self._average + self.beta * loss"),
+    ("if self._average < self._anchor * (1 - self.tolerance)", "if self._average < self._anchor"),
+    ("elif self._average > self._anchor * (1 + self.tolerance)", "elif self._average > self._anchor"),
+    ("keep = max(self.floor, keep * (1 - self.step))", "keep = keep * (1 - self.step)"),
+    ("keep = min(1.0, keep * (1 + self.step))", "keep = keep * (1 + self.step)"),
+    ("self.keep, self._anchor = keep, self._average", "self.keep = keep"),
+    ("if self._seen <= self.warmup", "if self._seen < self.warmup"),
+    ("if not math.isfinite(loss):", "if math.isinf(loss):"),
+    ("base * torch.exp(-strength * hardness)", "base * torch.exp(strength * hardness)"),
+    ("(h - m) / (h + m), 0.0)", "(h - m), 0.0)"),
+    ("torch.where(rows & (h + m > 0)", "torch.where((h + m > 0)"),
+    ("population = rows & kept.mask", "population = rows"),
+    ("group = group if scope == \"rollout\" else torch.zeros_like(group)", "group = torch.zeros_like(group)"),
+    ("(count - 1).clamp(min=0) // 2", "count // 2"),
+    ('"temperature_sq": True', '"temperature_sq": False'),
+    ("total.item() / torch.distributed.get_world_size(self.group)", "total.item()"),
+]  # fmt: skip
+
+LISTS = [
+    ("(-top.expm1() - fine.exp()", "(-top.exp() - fine.exp()", TOPK_STATS),
+    ("fine = logp.double()", "fine = logp", "test_topk.py::test_a_tiny_rest_of_the_teacher_is_not_lost_in_cancellation"),
+    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = listed.sum(1) == vocab", TOPK),
+    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = no_rest & (rest <= NO_REST)", TOPK),
+    ("rest.clamp(min=LEAST_REST)", "rest", TOPK),
+    ("logp = logp.masked_fill(~listed, -torch.inf)\n", "", TOPK_STATS),
+    ("return logp.masked_fill(~listed.any(1, keepdim=True), torch.nan)", "return logp", TOPK),
+    ("hit = (self.ids[rows] == labels.unsqueeze(1)) & (labels >= 0).unsqueeze(1)",
+     "hit = self.ids[rows] == labels.unsqueeze(1)", TOPK),
+    ('(measured["shift_rest"] - measured["shift_s"]) +', 'measured["shift_rest"] +', TOPK_STATS),
+    ("(lp_t.exp() * (lp_t - lp_s) * shared).sum(1)", "(lp_t.exp() * (lp_s - lp_t) * shared).sum(1)", TOPK_STATS),
+    ("(lp_s.exp() * (lp_s - lp_t) * shared).sum(1)", "(lp_s.exp() * (lp_s - lp_t)).sum(1)", TOPK_STATS),
+    ("1 - ((0.5 * (lp_s + lp_t)).exp() * shared).sum(1)", "1 - (0.5 * (lp_s + lp_t)).exp().sum(1)", TOPK_STATS),
+    ('"forward_kl": banned_s & ~banned_t', '"forward_kl": banned_s', TOPK),
+    ("inside = (place >= 0) & (place < tile.shape[1])", "inside = place >= 0", TOPK_STATS),
+    ("torch.where(inside, -torch.inf, torch.inf).to(tile), \"amin\"", "torch.where(inside, -torch.inf, -torch.inf).to(tile), \"amin\"", TOPK_STATS),
+    ("tile.scatter_add_(1, place, torch.where(inside, values, 0.0))", "tile.scatter_add_(1, place, values)", TOPK_GRAD),
+    ("return -(lp_t.exp() * lp_t", "return -(lp_t", TOPK_STATS),
+]  # fmt: skip
+
+LEARNING = [
+    ("losses.py", "torch.where(value > limit, 0.0, factor)", "factor", CLIP),
+    ("losses.py", "value.clamp(max=limit) * factor", "value * factor", CLIP),
+    ("losses.py", "value = value + weight * term.value(row)", "value = value + term.value(row)", FAMILY),
+    ("losses.py", "torch.where(labels == IGNORE_LABEL, 0.0, task.ce.at_rows[\"logp_s\"])", "task.ce.at_rows[\"logp_s\"]", CE),
+    ("losses.py", "at_rows = None if stats._partial else", "at_rows = ",
+     "test_distill.py::test_statistics_with_rows_left_out_are_measured_again"),
+    ("losses.py", "same = _same(temperature, stats._temperature) and", "same = ",
+     "test_losses.py::test_statistics_from_another_temperature_are_measured_again"),
+    ("losses.py", "0.0 * (normalisers[\"logsum_s\"] + normalisers[\"logsum_t\"])", "torch.zeros_like(value)",
+     "test_distill.py::test_the_label_loss_alone_drops_broken_rows_and_no_others"),
+    ("losses.py", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
+     "test_losses.py::test_a_gradient_penalty_is_refused_rather_than_taken_for_a_constant"),
+    ("losses.py", "return loss.masked_fill(broken, torch.nan)", "return loss", TOPK),
+    ("sweeps.py", "return (upstream != 0) & self.finite", "return upstream != 0",
+     "test_losses.py::test_a_row_without_a_finite_loss_has_gradient_zero_and_spoils_no_other"),
+    ("sweeps.py", "return (upstream != 0) & self.finite", "return self.finite",
+     "test_losses.py::test_a_zero_upstream_gradient_leaves_its_row_out_of_the_sweep"),
+    ("sweeps.py", "up = upstream[part] * student.scale\n        slope = None if student.softcap is None else 1 - (z_s",
+     "up = upstream[part]\n        slope = None if student.softcap is None else 1 - (z_s", LEAVES),
+    ("sweeps.py", "1 - (z_s / student.softcap).square_()", "1 - (z_s / student.softcap)", LEAVES),
+    ("sweeps.py", "return g.mul_(weights.unsqueeze(1) / tau)", "return g.mul_(weights.unsqueeze(1))", ROW_TAU),
+    ("sweeps.py", "row_grad.dlogits(_over(z_s, tau), _over(z_t, tau)", "row_grad.dlogits(_over(z_s, tau), z_t", ROW_TAU),
+    ("sweeps.py", "row_grad.row_sums(_over(z_s, tau), _over(z_t, tau)", "row_grad.row_sums(z_s, z_t", ROW_TAU),
+    ("sweeps.py", "[{k: a[k] + b[k] for k in a} for a, b in zip(totals, sums, strict=True)] if totals else sums", "sums",
+     FAMILY),
+    ("sweeps.py", "g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)", "pass",
+     "test_losses.py::test_a_clipped_infinite_row_keeps_the_limit_and_has_gradient_zero"),
+    ("sweeps.py", "value = value.unsqueeze(1) / self.sweep.temperature_at(part)", "value = value.unsqueeze(1)", SAMPLED),
+    ("sweeps.py", "add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)", "pass", CE),
+    ("sweeps.py", "weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * self.ce.weight", "weight = self.ce.weight", CE),
+    ("sweeps.py", "out.masked_fill_(others, 0.0)", "pass",
+     "test_losses.py::test_an_inplace_gradient_takes_the_logits_storage_and_runs_once"),
+    ("sweeps.py", "g.mul_(up[:, k : k + 1])", "g.mul_(1.0)", TOPK_GRAD),
+    ("head_gradients.py", "self.bias[self.v0 : self.v1] += g.sum(0)", "self.bias[self.v0 : self.v1] = g.sum(0)",
+     "test_one_sweep.py::test_the_gradient_is_that_of_the_reference"),
+    ("head_gradients.py", "out.addmm_(a, b)", "torch.mm(a, b, out=out)", "test_losses.py test_one_sweep.py -k tiny_workspace"),
+    ("head_gradients.py", "self.weight[self.walked :].zero_()", "pass",
+     "test_losses.py::test_gradients_of_every_leaf_of_a_head_are_no_worse_than_eager_fp32"),
+    ("head_gradients.py", "self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)", "pass",
+     "test_backward.py::test_a_filtered_gradient_does_not_feel_what_is_added_to_every_row_of_the_head"),
+    ("head_gradients.py", "out = bool((size.amax(1) < bound).all())", "out = bool((size.amax(1) < bound).any())",
+     "test_backward.py::test_a_filter_skips_rare_tokens_within_its_bounds_and_says_how_many"),
+    ("head_gradients.py", "dtype = weight.dtype if passes == 1 else torch.float32", "dtype = weight.dtype",
+     "test_one_sweep.py::test_one_sweep_is_two_in_16_bits"),
+    ("head_gradients.py", "and not watched", "", "test_backward.py::test_hooks_see_the_gradient_of_a_backward_at_once"),
+]  # fmt: skip
+
+SWEEP = [
+    ("self.slot[self.owner[gone]] = -1", "pass"),
+    ("self.owner[gone] = -1", "pass"),
+    ("gone = (self.owner >= 0) & ~others[self.owner]", "gone = (self.owner >= 0) & others[self.owner]"),
+    ("self.rows[target] = self.rows[source]", "pass"),
+    ("held & (self.slot[ids] >= ids.numel())", "held & (self.slot[ids] > ids.numel())"),
+    ("return ids[~held]\n", "return ids[:0]\n"),
+    ("factor = upstream * self.scale", "factor = upstream"),
+    ("factor = upstream * self.scale", "factor = upstream * 1.0 / self.scale"),
+    ("learned.divisor / divisor, into", "1.0, into"),
+    ("hidden = hidden.masked_fill(dead, 0.0)  #", "pass  #"),
+    ("sums, self.sums = self.sums, None", "sums = self.sums"),
+    ("source_s.scale, source_s.softcap = self.student.scale, self.student.softcap", "pass"),
+    ("stash.rows[: ids.numel()].mul_(share.unsqueeze(1))", "stash.rows[: ids.numel()]"),
+    ("if isinstance(tau, Tensor) or tau != 1.0:\n                want", "if isinstance(tau, Tensor):\n                want"),
+    ("local = local[: slots.numel()]", "local = local[: slots.numel() - 1]"),
+]  # fmt: skip
+
+AROUND = [
+    ("measure.py", "(z / temperature - out[f\"shift_{model}\"]) - out", "(z - out[f\"shift_{model}\"]) - out",
+     "test_stats.py::test_a_temperature_divides_both_models_logits"),
+    ("measure.py", "torch.where(z <= online.FLOOR, -torch.inf, logp)", "logp", LOWEST),
+    ("measure.py", "torch.where(inside, z.gather(1, place).squeeze(1), old)", "z.gather(1, place).squeeze(1)", TILES),
+    ("measure.py", "margin = (values[:, 0] - second) / temperature", "margin = values[:, 0] - second",
+     "test_stats.py::test_a_temperature_divides_both_models_logits"),
+    ("measure.py", "torch.where(second <= online.FLOOR, torch.inf, margin)", "margin", LOWEST),
+    ("measure.py", "fields[\"agree\"] = whole & (", "fields[\"agree\"] = (", BROKEN),
+    ("measure.py", "torch.where(listed, logp.exp(), 0.0)", "logp.exp()", "test_stats.py::test_a_banned_token_is_in_no_top_list"),
+    ("measure.py", "torch.where(hit.any(1), hit.int().argmax(1), top_k)", "hit.int().argmax(1)", STATS),
+    ("measure.py", "| (labels == IGNORE_LABEL)).all()", ").all()", LABELS),
+    ("eager/toplist.py", "| (0xFFFFFFFF - ids)", "| ids", TIES),
+    ("eager/toplist.py", "bits = (x + 0.0).view(torch.int32)", "bits = x.view(torch.int32)",
+     "test_stats.py::test_zeros_of_either_sign_tie"),
+    ("eager/toplist.py", "ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)", "ordered = bits", STATS),
+    ("sources.py", "out.mul_(source.scale / source.softcap)", "out.mul_(1 / source.softcap)", HEADS),
+    ("sources.py", "elif source.scale != 1.0:", "elif source.scale < 0.0:", HEADS),
+    ("sources.py", "source.bias[v0:v1].to(source.dtype)", "source.bias[: v1 - v0].to(source.dtype)", HEADS),
+    ("sources.py", "x[rows // x.shape[1], rows % x.shape[1]]", "x[rows % x.shape[0], rows // x.shape[0]]",
+     "test_stats.py::test_strided_batches_and_heads_measure_as_contiguous_ones"),
+    ("divergences.py", 'w * row["kl_t"] + (1 - w) * row["kl_s"]', '(1 - w) * row["kl_t"] + w * row["kl_s"]', FAMILY),
+    ("divergences.py", "row[self._blend] / (self.alpha - 1)", "row[self._blend] / self.alpha", FAMILY),
+    ("divergences.py", "a / (a + b) * power_t + b / (a + b) * power_s", "b / (a + b) * power_t + a / (a + b) * power_s", FAMILY),
+    ("divergences.py", 'return {"sum_g": power_s - cross}', 'return {"sum_g": power_s}', FAMILY),
+    ("divergences.py", "torch.where(jeffreys.isinf(), jeffreys, row", "torch.where(jeffreys.isnan(), jeffreys, row", FINITE),
+    ("divergences.py", "k.clamp(-self.clip, self.clip)", "k.clamp(max=self.clip)", SAMPLED),
+    ("divergences.py", 'torch.where(row["logp_s"].isfinite(), self.value(row), 0.0)', "self.value(row)",
+     "test_divergences.py::test_a_sample_that_the_student_bans_has_the_clipped_value_and_no_gradient"),
+    ("_batch.py", "w.sum() if kind == \"kept\" else self.sane.sum().float()", "w.sum() if kind == \"kept\" else self.row_mask.sum().float()",
+     "test_distill.py::test_the_normalizer_all_counts_unmasked_rows_that_are_not_nan"),
+    ("_batch.py", "torch.where(total == 0, 1.0, total)", "total", "test_distill.py::test_nothing_kept_is_a_zero_with_a_graph"),
+    ("_batch.py", "broken = broken | measured[\"logsum_t\"].isnan()", "broken = broken",
+     "test_distill.py::test_the_normalizer_all_counts_unmasked_rows_that_are_not_nan"),
+    ("distill.py", "usable = valid & torch.isfinite(learned.losses.detach())", "usable = valid",
+     "test_distill.py::test_kept_rows_without_a_finite_loss_weigh_nothing_are_counted_and_warned_of"),
+    ("distill.py", "dropped = (valid & ~usable).sum()", "dropped = valid.sum() * 0",
+     "test_distill.py::test_kept_rows_without_a_finite_loss_weigh_nothing_are_counted_and_warned_of"),
+    ("distill.py", "measured_at = 1.0 if adaptive else", "measured_at = 2.0 if adaptive else",
+     "test_distill.py::test_a_callable_temperature_is_learned_at_and_measured_at_one"),
+    ("one_sweep.py", "return (1.0 - self.ce_weight) * tau_of(self.temperature, ids) ** 2",
+     "return (1.0 - self.ce_weight) * tau_of(self.temperature, ids)",
+     "test_distill.py::test_a_temperature_is_measured_and_learned_at"),
+    ("one_sweep.py", "for factor in (self.row_weights, kept._weights):", "for factor in (self.row_weights,):",
+     "test_distill.py::test_the_unbiased_weights_of_a_rule_weigh_its_rows"),
+    ("one_sweep.py", "weights = weights * self.losses[ids].isfinite()", "weights = weights",
+     "test_backward.py::test_a_kept_row_of_infinite_loss_has_no_part_in_a_backward_at_once"),
+    ("adaptive.py", '"average": self._average, "anchor"', '"average": self._anchor, "anchor"',
+     "test_contracts.py::test_a_focus_goes_on_from_its_state_dict_after_a_journey_through_json"),
+    ("importance.py", "lambda stats: -stats.logp_s", "lambda stats: stats.logp_s", "test_importance.py"),
+    ("importance.py", "stats.hellinger_sq.sqrt()", "stats.hellinger_sq", "test_importance.py"),
+    ("opd/checkpoint.py", "folder.unlink() if folder.is_symlink() else shutil", "shutil",
+     "test_faults.py::test_a_run_writes_and_removes_nothing_outside_its_folder"),
+    ("opd/checkpoint.py", 'not re.fullmatch(r"checkpoint-\\d+", name) or not', "not",
+     "test_faults.py::test_a_pointer_out_of_the_folder_is_no_checkpoint"),
+    ("opd/pair.py", ', "trust_remote_code": False', ', "trust_remote_code": True',
+     "test_faults.py::test_no_code_of_a_checkpoint_is_run"),
+    ("opd/checkpoint.py", "    _write(folder / \"latest\", target.name + \"\\n\")\n    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            _remove(old)\n",
+     "    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            _remove(old)\n    _write(folder / \"latest\", target.name + \"\\n\")\n",
+     "test_faults.py::test_an_interrupted_write_leaves_a_checkpoint_to_go_on_from"),
+]  # fmt: skip
+
+MUTANTS = [
+    *(Mutant("eager/online.py", *row) for row in ONLINE),
+    *(Mutant("eager/row_grad.py", *row, FAMILY) for row in ROW_GRAD),
+    *(Mutant("kernels/_online.py", *row) for row in TRITON_ONLINE),
+    *(Mutant("kernels/_family.py", *row, KERNEL_FAMILY + " " + KERNEL_GRAD) for row in TRITON_FAMILY),
+    *(Mutant("kernels/" + file, *row) for file, *row in TRITON_ROWS),
+    *(Mutant("_ranking.py", *row) for row in RANKING),
+    *(Mutant("select.py", *row, SELECT) for row in RULES),
+    *(Mutant("select_papers.py", *row, PAPERS) for row in RULES_OF_PAPERS),
+    *(Mutant("adaptive.py", *row, ADAPTIVE) for row in ADAKD),
+    *(Mutant("topk.py", *row) for row in LISTS),
+    *(Mutant(*row) for row in LEARNING),
+    *(Mutant("one_sweep.py", *row, ONE) for row in SWEEP),
+    *(Mutant(*row) for row in AROUND),
+]
+
+
+class AnyExample:
+    """A pytest plugin: hypothesis is content with the first example that fails, and looks for no smaller one."""
+
+    def pytest_configure(self, config: object) -> None:
+        from hypothesis import Phase, settings
+
+        settings.register_profile("any", phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("any")
+
+
+class Result(NamedTuple):
+    outcome: str  # "caught", "SURVIVED" or what went wrong
+    seconds: float
+    by: str  # the test that caught it
+
+
+def run(mutant: Mutant | str) -> Result:
+    """The tests of a mutant in a copy with its edit, or those named alone on the package as it is; in a process."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tests", "reference", "bench", "pyproject.toml", "README.md"):
+            os.symlink(ROOT / name, Path(folder, name))
+        shutil.copytree(ROOT / "tip_kernels", Path(folder, "tip_kernels"), ignore=shutil.ignore_patterns("__pycache__"))
+        tests = mutant
+        if isinstance(mutant, Mutant):
+            path, tests = Path(folder, "tip_kernels", mutant.file), mutant.tests
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                return Result(f"no edit: found {text.count(mutant.old)} times", 0.0, "")
+            path.write_text(text.replace(mutant.old, mutant.new))
+        code, said = in_a_process(folder, [f"tests/{x}" if x.startswith("test_") else x for x in tests.split()])
+    seconds = time.perf_counter() - began
+    failed = re.search(r"^FAILED tests/(\S+)", said, flags=re.M)
+    by = failed[1] if failed else ""
+    outcome = {0: "SURVIVED", 1: "caught", -signal.SIGALRM: "caught"}.get(code, f"pytest says {code}: {said[-500:]}")
+    return Result(outcome, seconds, by or ("no end" if code < 0 else ""))
+
+
+def in_a_process(folder: str, arguments: list[str]) -> tuple[int, str]:
+    """(exit code, output) of pytest in the folder, in a fork that has torch loaded and the package not."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.chdir(folder)
+        sys.path[:0] = [folder, str(Path(folder, "tests"))]
+        os.environ["PYTHONPATH"] = folder
+        signal.alarm(SECONDS)
+        code = 3
+        try:
+            import pytest
+
+            quiet = ["-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider"]
+            code = int(pytest.main([*quiet, *arguments], plugins=[AnyExample()]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.close(write)
+    with open(read, encoding="utf-8", errors="replace") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose file, edit or tests hold one of these")
+    parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.words or any(w in " ".join(m) for w in options.words)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    sys.path[:] = [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in ("numpy", "pytest", "torch", "triton.language"):  # forks share them
+            importlib.import_module(name)
+    began, survivors = time.perf_counter(), 0
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        named = {mutant.tests for mutant in chosen}
+        sound = sorted({test for tests in named for test in ([tests] if " -k " in tests else tests.split())})
+        for tests, result in zip(sound, pool.imap(run, sound), strict=True):
+            if result.outcome != "SURVIVED":
+                print(f"{tests} fails on the package as it is: {result.outcome} {result.by}", flush=True)
+                return 1
+        print(
+            f"{len(sound)} tests and files pass on the package as it is: {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        for mutant, result in zip(chosen, pool.imap(run, chosen), strict=True):
+            survivors += result.outcome != "caught"
+            edit = f"{mutant.file}: {mutant.old.strip()[:60]!r} -> {mutant.new.strip()[:40]!r}"
+            print(f"{result.outcome:8} {result.seconds:5.1f} s  {edit}  {result.by}", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} not caught, {time.perf_counter() - began:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
