@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 
@@ -517,8 +518,10 @@ def test_rows_past_two_to_the_31_elements_measure_and_learn_as_near_ones(backend
     results = []
     with tip.backend(backend), np.errstate(all="ignore"):
         for s, t in (near, far):
+            s = s.detach().requires_grad_()
             loss = tip.divergence_loss(s, t, divergence=divergence)
-            results.append([*tensors_of(tip.token_stats(s, t)), loss])
+            stats = tip.token_stats(s, t, margins=True, top_k=3)
+            results.append([*tensors_of(stats), loss.detach(), *torch.autograd.grad(loss.sum(), s)])
     assert far[0].stride(0) * 2 > 2**31 and same(*results)
 
 
@@ -533,6 +536,42 @@ def test_a_head_whose_hidden_states_lie_past_two_to_the_31_elements():
         out = tip.distill(tip.Head(hidden, w), x["teacher"], select=tip.KeepAll())
         results.append([out.loss.detach(), *torch.autograd.grad(out.loss, w)])
     assert same(*results)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not TRITON, reason="a GPU has no untouched pages; needs Triton")
+def test_hidden_states_and_weights_past_two_to_the_31_elements_measure_on_chip_as_near_ones():
+    from tip_kernels.kernels.linear_stats import linear_stats
+
+    near = [normal(3, 32, seed=seed).half() for seed in (1, 2, 3, 4)]  # both models' hidden states and heads
+    far = [far_apart(3, 32).copy_(x) for x in near]
+    with np.errstate(all="ignore"):
+        one, two = linear_stats(*near), linear_stats(*far)
+    assert same(list(one.values()), list(two.values()))
+
+
+def large_shape() -> tuple[int, int]:
+    """131,072 rows by 152,064 on a GPU with room for one bf16 matrix of that shape and its gradient."""
+    if DEVICE == "cpu":
+        return 300, 1300
+    if torch.cuda.mem_get_info()[0] < 85e9:
+        pytest.skip("needs 85 GB on the GPU")
+    return 131_072, 152_064
+
+
+def test_a_large_batch_of_one_row_is_that_row():
+    """One matrix real, the other expanded: every row has the bits of the first, whichever tile it is in."""
+    rows, vocab = large_shape()
+    row_s, row_t = (3 * normal(1, vocab, seed=seed).to(DEVICE, torch.bfloat16) for seed in (1, 2))
+    student = row_s.expand(rows, vocab).contiguous().requires_grad_()
+    teacher = row_t.expand(rows, vocab)
+    stats = tip.token_stats(student, teacher)
+    for name in ("lse_s", "entropy_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
+        value = getattr(stats, name)
+        assert value.isfinite().all() and (value == value[0]).all(), name
+    close([tip.token_stats(row_s, row_t).kl_rev], [stats.kl_rev[-1:]])
+    out = tip.distill(student, teacher, select=tip.PositionPrefix(7, scope="batch"))
+    out.loss.backward()
+    assert student.grad[7:].count_nonzero() == 0 and (student.grad[:7] == student.grad[0]).all()
 
 
 def test_more_rows_than_a_second_grid_axis_holds():
@@ -561,6 +600,34 @@ def test_every_grid_has_one_axis(monkeypatch):
 
 
 # Faults
+
+
+EVERY_RULE = [
+    tip.KeepAll(),
+    tip.Threshold("kl_rev", above=("quantile", 0.0)),
+    tip.PositionPrefix(N),
+    tip.GreedyAgreement(),
+    *(rule(1.0) for rule in (tip.SoftOr, tip.TopEntropy, tip.TopDivergence, tip.SampleEntropy, tip.RandomRows)),
+    *(rule(1.0) for rule in (tip.Overconfident, tip.TopMargin, tip.EntropyGap, tip.Teachability)),
+]
+
+
+@pytest.mark.parametrize("fault", [NAN, INF])
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=repr)
+def test_a_broken_row_is_not_kept_or_else_dropped_and_nothing_is_learned_from_it(rule, fault):
+    """A rule that reads nothing of the broken model cannot know; the loss does."""
+    for broken in ("student", "teacher"):
+        x = learning(inputs())
+        with torch.no_grad():
+            x[broken][2, 7] = fault
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            out = tip.distill(x["student"], x["teacher"], select=rule)
+        out.loss.backward()
+        dropped = int(out.plan.dropped_rows)
+        assert dropped == int(out.kept.mask[2]) == len(said) and out.loss.isfinite()
+        assert x["student"].grad.isfinite().all() and not x["student"].grad[2].any()
+        assert out.kept.mask.sum() == dropped or x["student"].grad.any()
 
 
 class RunsOut(TorchDispatchMode):
@@ -603,3 +670,49 @@ def test_running_out_of_memory_changes_nothing_and_the_next_call_works(op):
     assert failed > 4
     again = OPS[op].gradients(x)
     assert same(again[0], expected[0]) and same(again[1], expected[1])
+
+
+class Holds(TorchDispatchMode):
+    """A device that holds nothing new of more than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and func._schema.returns[0].alias_info is None and out.nbytes > self.limit:
+            raise torch.OutOfMemoryError("out of memory, by this test")
+        return out
+
+
+@pytest.mark.parametrize("kind", ["heads", "head and list"])
+def test_what_runs_out_of_memory_fits_in_a_smaller_workspace(kind):
+    x = learning(inputs(256, 4096))
+    leaves = [x[name] for name in READS[kind] if name in LEAVES]
+
+    def step(workspace_mib: float) -> list[Tensor]:
+        out = tip.distill(*pair(kind, x), select=tip.SoftOr(0.2), workspace_mib=workspace_mib, sweeps=2)
+        return [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
+
+    expected = step(256)
+    with Holds(2**19):
+        with pytest.raises(torch.OutOfMemoryError):
+            step(256)
+        assert all(one.grad is None for one in leaves)
+        found = step(1)
+    close(found, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU; elsewhere tensors without values stand in for one")
+@every_op
+def test_nothing_waits_for_the_gpu(op):
+    if "Threshold" in op or "compact" in op or "rollout" in op or "everything" in op:
+        pytest.skip("looks at counts, by its docstring")
+    x = learning(inputs())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        OPS[op].gradients(x) if OPS[op].learns else OPS[op](x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
