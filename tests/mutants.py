@@ -75,6 +75,18 @@ KERNEL_CAP = "test_kernels.py::test_gradient_goes_through_scale_softcap_and_row_
 DISTILL = "test_distill.py"
 NORMALIZER = "test_distill.py::test_the_normalizer_divides_the_weighted_sum"
 BACKWARD = "test_backward.py"
+LINEAR = "test_kernels.py::test_linear_stats_is_no_worse_than_eager_fp32"
+LINEAR_ANY = "test_kernels.py::test_linear_stats_takes_any_vocabulary"
+FUSED = "test_backends.py::test_fused_statistics_of_heads_are_no_worse_than_eager_fp32"
+RANKS = "test_parallel.py::test_ranks"
+HEAD_OF = "test_hooks_transformers.py::test_losses_and_gradients_through_head_of_are_those_of_the_models_own_logits"
+BATCH = "test_hooks_transformers.py::test_distill_batch_is_the_mean_over_labelled_tokens"
+LIGER = "test_compat.py::test_fused_loss_and_gradients_are_those_of_the_formula"
+LIGER_MIX = "test_compat.py::test_soft_and_hard_losses_come_apart_as_ligers"
+GKD = "test_compat.py::test_dense_loss_and_gradient_are_gkds"
+COMPILED = "test_compiled.py::test_distill_takes_masks_weights_labels_and_temperatures"
+PAGE = "test_inspect.py::test_no_page_holds_an_address_or_unescaped_text"
+LOOP_GRAD = "test_opd.py::test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens"
 
 ONLINE = [
     # the fold: every sum of a tile
@@ -212,26 +224,36 @@ TRITON_ONLINE = [
 ]  # fmt: skip
 
 TRITON_FAMILY = [
-    ("tl.fma(w, p_s - p_t, g)", "tl.fma(w, p_t - p_s, g)"),
-    ("tl.fma(l_s - l_t, w * LN2, -w * kl_rev)", "tl.fma(l_s - l_t, w, -w * kl_rev)"),
-    ("tl.fma(p_s, 1.0 - h2, -tl.exp2(0.5 * (l_s + l_t)))", "tl.fma(p_s, 1.0, -tl.exp2(0.5 * (l_s + l_t)))"),
-    ("- log_blend * LOG2E)", ")"),
-    ("tl.fma(w / a, tl.exp2((a + b) * l_s)", "tl.fma(w, tl.exp2((a + b) * l_s)"),
-    ("w * (1.0 - weight_t) * LN2, -w * (1.0 - weight_t) * kl_s)", "w * (1.0 - weight_t) * LN2, 0.0 * kl_s)"),
-    ("return LN2 * p_s * ratio_s, LN2 * p_t * ratio_t", "return LN2 * p_s * ratio_s, LN2 * p_s * ratio_t"),
-    ("p_s * mean_share - p_t * share", "p_s * mean_share - p_s * share"),
-    ("return LN2 * p_t * ratio_t, p_t * (1.0 - a) * tl.exp2(ratio_s)",
-     "return LN2 * p_t * ratio_t, p_s * (1.0 - a) * tl.exp2(ratio_s)"),
-    ("(1.0 - detached) * (a * tl.exp2(ratio) - mean_share)", "a * tl.exp2(ratio) - mean_share"),
-    ("LN2 * ratio - share - value", "LN2 * ratio - share"),
-    ("return LN2 * p_s * ratio, a * p_s * tl.exp2(ratio)", "return LN2 * p_s * ratio, p_s * tl.exp2(ratio)"),
-    ("sign(p_s - p_t) - mean_sign", "sign(p_s - p_t)"),
-    ("return 0.5 * tl.abs(p_s - p_t), p_s * sign(p_s - p_t)", "return tl.abs(p_s - p_t), p_s * sign(p_s - p_t)"),
-    ("down - up - down * d - p_s * sum_g", "down - up - p_s * sum_g"),
-    ("return (up - down) * d, down - up - down * d", "return (up - down) * d, down - up"),
-    ("w *= numbers[P]", "w *= 1.0"),
-    ("-tl.maximum(a, b + d) - rest", "-tl.maximum(a, b) - rest"),
-    ("return LN2 * d, sigmoid2(beta * d) * p_t", "return LN2 * d, sigmoid2(d) * p_t"),
+    ("tl.fma(w, p_s - p_t, g)", "tl.fma(w, p_t - p_s, g)", KERNEL_GRAD + "[forward_kl-ordinary]"),
+    ("tl.fma(l_s - l_t, w * LN2, -w * kl_rev)", "tl.fma(l_s - l_t, w, -w * kl_rev)",
+     KERNEL_GRAD + "[reverse_kl-ordinary]"),
+    ("tl.fma(p_s, 1.0 - h2, -tl.exp2(0.5 * (l_s + l_t)))", "tl.fma(p_s, 1.0, -tl.exp2(0.5 * (l_s + l_t)))",
+     KERNEL_FAMILY + "[hellinger_sq-ordinary]"),
+    ("- log_blend * LOG2E)", ")", KERNEL_FAMILY + "[renyi(2)-ordinary]"),
+    ("tl.fma(w / a, tl.exp2((a + b) * l_s)", "tl.fma(w, tl.exp2((a + b) * l_s)",
+     KERNEL_FAMILY + "[alpha_beta-ordinary]"),
+    ("w * (1.0 - weight_t) * LN2, -w * (1.0 - weight_t) * kl_s)", "w * (1.0 - weight_t) * LN2, 0.0 * kl_s)",
+     KERNEL_FAMILY + "[jsd-ordinary]"),
+    ("return LN2 * p_s * ratio_s, LN2 * p_t * ratio_t", "return LN2 * p_s * ratio_s, LN2 * p_s * ratio_t",
+     KERNEL_FAMILY + "[jsd-ordinary]"),
+    ("p_s * mean_share - p_t * share", "p_s * mean_share - p_s * share", KERNEL_FAMILY + "[skew_forward_kl-ordinary]"),
+    ("return LN2 * p_t * ratio_t, p_t * (1.0 - a) * tl.exp2(ratio_s)", "return LN2 * p_t * ratio_t, p_s * (1.0 - a) * tl.exp2(ratio_s)",
+     KERNEL_FAMILY + "[skew_forward_kl-ordinary]"),
+    ("(1.0 - detached) * (a * tl.exp2(ratio) - mean_share)", "a * tl.exp2(ratio) - mean_share",
+     KERNEL_FAMILY + " -k detached"),
+    ("LN2 * ratio - share - value", "LN2 * ratio - share", KERNEL_FAMILY + "[skew_reverse_kl-ordinary]"),
+    ("return LN2 * p_s * ratio, a * p_s * tl.exp2(ratio)", "return LN2 * p_s * ratio, p_s * tl.exp2(ratio)",
+     KERNEL_FAMILY + "[skew_reverse_kl-ordinary]"),
+    ("sign(p_s - p_t) - mean_sign", "sign(p_s - p_t)", KERNEL_FAMILY + "[tvd-ordinary]"),
+    ("return 0.5 * tl.abs(p_s - p_t), p_s * sign(p_s - p_t)", "return tl.abs(p_s - p_t), p_s * sign(p_s - p_t)",
+     KERNEL_FAMILY + "[tvd-ordinary]"),
+    ("down - up - down * d - p_s * sum_g", "down - up - p_s * sum_g", KERNEL_FAMILY + "[todi-ordinary]"),
+    ("return (up - down) * d, down - up - down * d", "return (up - down) * d, down - up",
+     KERNEL_FAMILY + "[todi-ordinary]"),
+    ("w *= numbers[P]", "w *= 1.0", "test_backends.py -k ForwardKL"),
+    ("-tl.maximum(a, b + d) - rest", "-tl.maximum(a, b) - rest", KERNEL_FAMILY + "[jsd-ordinary]"),
+    ("return LN2 * d, sigmoid2(beta * d) * p_t", "return LN2 * d, sigmoid2(d) * p_t",
+     KERNEL_FAMILY + "[todi-ordinary]"),
 ]  # fmt: skip
 
 TRITON_ROWS = [
@@ -259,9 +281,68 @@ TRITON_ROWS = [
     ("row_stats.py", "tl.where(top.second > FLOOR, margin, float(\"inf\"))", "margin", KERNEL_TOP),
     ("row_stats.py", "return tl.where(inside, y, float(\"-inf\"))", "return y", KERNEL_ANY),
     ("row_stats.py", "tries = tl.where(high, tries - 1, 0)", "tries = 0", KERNEL_RISE),
-    ("row_sums.py", "for _ in range(1, n_parts):", "for _ in range(2, n_parts):", "test_kernels.py -k row_sums"),
-    ("row_sums.py", "l_s = tl.where(inside, l_s, NEVER)", "l_s = l_s", KERNEL_FAMILY),
-    ("row_sums.py", 'tl.where(row >= 0, tl.sum(sums[i]), float("nan"))', "tl.sum(sums[i])", "test_kernels.py -k row_sums"),
+    ("row_sums.py", "for _ in range(1, n_parts):", "for _ in range(2, n_parts):",
+     "test_kernels.py::test_row_sums_and_gradients_take_any_vocabulary[152064]"),
+    ("row_sums.py", "l_s = tl.where(inside, l_s, NEVER)", "l_s = l_s",
+     "test_kernels.py::test_row_sums_and_gradients_take_any_vocabulary[3]"),
+    ("row_sums.py", 'tl.where(row >= 0, tl.sum(sums[i]), float("nan"))', "tl.sum(sums[i])",
+     "test_kernels.py::test_row_sums_ignore_other_rows_and_make_broken_ones_nan "
+     "test_kernels.py::test_everything_masked_leaves_nothing"),
+]  # fmt: skip
+
+LINEAR_STATS = [
+    ("model.weight.load([column, k]).T, acc, input", "model.weight.load([column, k]).T, input", LINEAR),
+    ("banned = (at >= n_cols)[None, :]", "banned = (at >= n_cols + 7)[None, :]", LINEAR_ANY),
+    ("acc + tl.load(bias_ptr + at, mask=at < n_cols, other=0.0).to(tl.float32)[None, :]", "acc", LINEAR),
+    ("return y, banned | (y <= FLOOR)", "return y, tl.broadcast_to(banned, acc.shape)", LINEAR),
+    ("row = (tl.program_id(0) % blocks) * ROWS", "row = (tl.program_id(0) % blocks) * 0", LINEAR),
+    ("tl.load(temperature_ptr + rows, ", "tl.load(temperature_ptr + rows * 0, ", FUSED),
+    ("right_s, right_t, at + COLS // 2", "right_s, right_t, at", LINEAR),
+    ("begin = part * PART", "begin = 0 * part", LINEAR_ANY),
+    ("part.to(tl.int64) * n_rows + rows", "part.to(tl.int64) * 0 + rows", LINEAR_ANY),
+]  # fmt: skip
+
+ACROSS_RANKS = [
+    ("bounds.append(min(bounds[-1] + count, vocab))", "bounds.append(bounds[-1] + count)"),
+    ("first = sum(counts[: dist.get_rank(group)])", "first = 0"),
+    ("part[:count] for part, count", "part for part, count"),
+    ("else added_up(x.double(), group).to(x.dtype)", "else x"),
+    ("for row in all_gathered(torch.cat(words), shard.group):", "for row in [torch.cat(words)]:"),
+    ("dist.broadcast(x, group=group, group_src=0)", "pass"),
+]
+
+BORDERS = [
+    ("compat/liger.py", "else shift_labels != self.ignore_index\n        mask, count", "else shift_labels == shift_labels\n        mask, count", LIGER),
+    ("compat/liger.py", "loss = total * mean(", "loss = mean(", LIGER_MIX),
+    ("compat/liger.py", "labels = true_labels.masked_fill(~valid, IGNORED)", "labels = true_labels", LIGER_MIX),
+    ("compat/trl.py", "max(count * student_logits.shape[-1], 1)", "max(count, 1)", GKD),
+    ("compat/trl.py", "count if labels is not None else student_logits.shape[0]", "count", GKD),
+    ("compat/_calls.py", "return mask, int(mask.sum())", "return mask, mask.numel()", LIGER),
+    ("importance.py", '"kl_div": lambda stats: stats.kl_fwd', '"kl_div": lambda stats: stats.kl_rev', "test_importance.py"),
+    ("importance.py", "torch.where(scores.isneginf(), torch.nan, scores)", "scores", "test_importance.py"),
+    ("importance.py", "scores = torch.where(mask, scores, torch.nan)", "pass", "test_importance.py"),
+    ("compiled.py", '"tvd": ("value", "mean_sign")', '"tvd": ("mean_sign", "value")', "test_compiled.py::test_sums_are_in_the_order_of_the_kernels"),
+    ("compiled.py", 'CrossEntropy(ce_weight, part("ce.")) if "ce.logp_s" in rows else None', "None", COMPILED),
+    ("compiled.py", 'return rows | {"temperature": sweep.temperature}, 1.0', "return rows, 1.0", COMPILED),
+    ("hooks/transformers.py", "scale=scale, softcap=softcap, vocab_size=vocab_size)", "vocab_size=vocab_size)", HEAD_OF),
+    ("hooks/transformers.py", "& attention[:, 1:].bool() & attention[:, :-1].bool()", "& attention[:, 1:].bool()", BATCH),
+    ("hooks/transformers.py", "mask = chosen[0] & chosen[-1]", "mask = chosen[0]",
+     "test_hooks_transformers.py::test_labels_and_a_completion_mask_mean_the_same_tokens_and_both_must_allow_one"),
+    ("hooks/transformers.py", "return out._replace(loss=out.loss * share)", "return out",
+     "test_hooks_transformers.py::test_micro_batches_add_up_to_the_whole_batch"),
+    ("inspect/page.py", "        autoescape=True,\n        finalize=_inert,\n", "", PAGE),
+    ("inspect/page.py", "(?i)[<>&]|h(?=ttp)", "(?i)h(?=ttp)", PAGE),
+    ("opd/train.py", "first=rollouts.prompt_width - 1)", "first=rollouts.prompt_width)", LOOP_GRAD),
+    ("opd/rollout.py", "alive = alive & ~torch.isin(step, stops)", "alive = alive | torch.isin(step, stops)",
+     "test_opd.py::test_rollout_masks_hold_the_end_token_and_nothing_after_it"),
+    ("opd/rollout.py", "positions = (attention.cumsum(1) - 1).clamp_min(0)", "positions = attention.cumsum(1) * 0 + torch.arange(attention.shape[1])",
+     "test_opd.py::test_left_padding_changes_neither_what_is_sampled_nor_the_hidden_states"),
+    ("opd/rollout.py", "positions = positions[:, -1:] + 1", "positions = positions[:, -1:]", "test_opd.py::test_the_cache_samples_what_whole_forwards_would"),
+    ("opd/train.py", "counts += _histogram(stats.entropy_s, top)", "counts = _histogram(stats.entropy_s, top)",
+     "test_opd.py::test_an_evaluation_is_the_same_in_chunks_of_any_size"),
+    ("opd/train.py", "nats += stats.kl_rev", "nats = stats.kl_rev", "test_opd.py::test_an_evaluation_is_the_same_in_chunks_of_any_size"),
+    ("costs.py", "1 + 2 * rho, rho, (1 + rho)", "1 + 2 * rho, 1, (1 + rho)", "test_costs.py"),
+    ("costs.py", "cost(\"two sweeps\", 1 + 3 * rho", "cost(\"two sweeps\", 1 + 2 * rho", "test_costs.py"),
 ]  # fmt: skip
 
 RANKING = [
@@ -343,18 +424,24 @@ ADAKD = [
 LISTS = [
     ("(-top.expm1() - fine.exp()", "(-top.exp() - fine.exp()", TOPK_STATS),
     ("fine = logp.double()", "fine = logp", "test_topk.py::test_a_tiny_rest_of_the_teacher_is_not_lost_in_cancellation"),
-    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = listed.sum(1) == vocab", TOPK),
-    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = no_rest & (rest <= NO_REST)", TOPK),
-    ("rest.clamp(min=LEAST_REST)", "rest", TOPK),
+    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = listed.sum(1) == vocab",
+     "test_topk.py::test_where_both_models_leave_nothing_to_the_rest_there_is_none"),
+    ("none = (listed.sum(1) == vocab) | (no_rest & (rest <= NO_REST))", "none = no_rest & (rest <= NO_REST)",
+     "test_topk.py::test_all_tokens_listed_is_the_full_divergence"),
+    ("rest.clamp(min=LEAST_REST)", "rest",
+     "test_topk.py::test_what_the_student_bans_is_infinite_forward_and_what_the_teacher_bans_reverse "
+     "test_topk.py::test_where_both_models_leave_nothing_to_the_rest_there_is_none " + TOPK_STATS),
     ("logp = logp.masked_fill(~listed, -torch.inf)\n", "", TOPK_STATS),
-    ("return logp.masked_fill(~listed.any(1, keepdim=True), torch.nan)", "return logp", TOPK),
+    ("return logp.masked_fill(~listed.any(1, keepdim=True), torch.nan)", "return logp", "test_topk.py::test_a_nan_row_is_nan_and_its_neighbours_are_not"),
     ("hit = (self.ids[rows] == labels.unsqueeze(1)) & (labels >= 0).unsqueeze(1)",
-     "hit = self.ids[rows] == labels.unsqueeze(1)", TOPK),
+     "hit = self.ids[rows] == labels.unsqueeze(1)",
+     "test_topk.py::test_a_label_has_a_teacher_log_probability_where_it_is_listed"),
     ('(measured["shift_rest"] - measured["shift_s"]) +', 'measured["shift_rest"] +', TOPK_STATS),
     ("(lp_t.exp() * (lp_t - lp_s) * shared).sum(1)", "(lp_t.exp() * (lp_s - lp_t) * shared).sum(1)", TOPK_STATS),
     ("(lp_s.exp() * (lp_s - lp_t) * shared).sum(1)", "(lp_s.exp() * (lp_s - lp_t)).sum(1)", TOPK_STATS),
     ("1 - ((0.5 * (lp_s + lp_t)).exp() * shared).sum(1)", "1 - (0.5 * (lp_s + lp_t)).exp().sum(1)", TOPK_STATS),
-    ('"forward_kl": banned_s & ~banned_t', '"forward_kl": banned_s', TOPK),
+    ('"forward_kl": banned_s & ~banned_t', '"forward_kl": banned_s',
+     "test_topk.py::test_where_both_models_leave_nothing_to_the_rest_there_is_none " + TOPK_STATS),
     ("inside = (place >= 0) & (place < tile.shape[1])", "inside = place >= 0", TOPK_STATS),
     ("torch.where(inside, -torch.inf, torch.inf).to(tile), \"amin\"", "torch.where(inside, -torch.inf, -torch.inf).to(tile), \"amin\"", TOPK_STATS),
     ("tile.scatter_add_(1, place, torch.where(inside, values, 0.0))", "tile.scatter_add_(1, place, values)", TOPK_GRAD),
@@ -493,8 +580,9 @@ MUTANTS = [
     *(Mutant("eager/online.py", *row) for row in ONLINE),
     *(Mutant("eager/row_grad.py", *row, FAMILY) for row in ROW_GRAD),
     *(Mutant("kernels/_online.py", *row) for row in TRITON_ONLINE),
-    *(Mutant("kernels/_family.py", *row, KERNEL_FAMILY + " " + KERNEL_GRAD) for row in TRITON_FAMILY),
+    *(Mutant("kernels/_family.py", *row) for row in TRITON_FAMILY),
     *(Mutant("kernels/" + file, *row) for file, *row in TRITON_ROWS),
+    *(Mutant("kernels/linear_stats.py", *row) for row in LINEAR_STATS),
     *(Mutant("_ranking.py", *row) for row in RANKING),
     *(Mutant("select.py", *row, SELECT) for row in RULES),
     *(Mutant("select_papers.py", *row, PAPERS) for row in RULES_OF_PAPERS),
@@ -503,6 +591,8 @@ MUTANTS = [
     *(Mutant(*row) for row in LEARNING),
     *(Mutant("one_sweep.py", *row, ONE) for row in SWEEP),
     *(Mutant(*row) for row in AROUND),
+    *(Mutant(*row) for row in BORDERS),
+    *(Mutant("parallel.py", *row, RANKS) for row in ACROSS_RANKS),
 ]
 
 

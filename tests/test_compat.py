@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 
 import pytest
 import torch
@@ -289,7 +290,9 @@ def test_rows_without_an_upstream_gradient_are_left_out_of_the_backward(projecte
 
 def peers_gkd():
     pytest.importorskip("trl")
-    from trl.experimental.gkd import GKDTrainer
+    with warnings.catch_warnings():  # the first import warns that it is experimental
+        warnings.simplefilter("ignore")
+        from trl.experimental.gkd import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss
 
@@ -302,7 +305,6 @@ def logits_pair(shape=(2, 7, V), dtype=torch.float32):
     return student, (3 * torch.randn(long)).to(dtype)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_generalized_jsd_loss_has_trls_arguments():
     theirs = inspect.signature(peers_gkd()).parameters.values()
     mine = inspect.signature(trl.generalized_jsd_loss).parameters.values()

@@ -141,6 +141,12 @@ def test_the_student_starts_wrong_and_the_teacher_right(pair):
     assert Loop(Settings(), swapped, load_task("addition", 128), CPU).evaluate()["accuracy"] > 0.99
 
 
+def test_an_evaluation_is_the_same_in_chunks_of_any_size(pair):
+    whole, parts = (Loop(Settings(batch=n), pair, load_task("addition", 13), CPU).evaluate() for n in (4, 1))
+    assert parts["entropy_histogram"] == whole["entropy_histogram"] and parts["accuracy"] == whole["accuracy"]
+    assert parts["eval_kl"] == pytest.approx(whole["eval_kl"], rel=1e-5)
+
+
 def test_the_untrained_student_shows_all_four_quadrants(pair):
     row = Loop(Settings(batch=64), pair, load_task("addition", 1), CPU).step()
     assert all(row[f"q{i}"] > 0.002 for i in (1, 2, 3, 4))
