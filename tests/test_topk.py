@@ -217,6 +217,13 @@ def test_what_the_student_bans_is_infinite_forward_and_what_the_teacher_bans_rev
     assert x.grad[0].abs().sum() > 0 and (x.grad[1:] == 0).all()
 
 
+def test_a_list_of_all_tokens_has_no_rest_however_short_of_one_its_mass():
+    """Log-probabilities of an engine in 16 bits do not sum to one."""
+    z_s, z_t = ordinary(3, 40)
+    stats = tip.token_stats(z_s, TopK(torch.arange(40).expand(3, 40), log_softmax(z_t) - 1e-3))
+    assert stats.kl_fwd.isfinite().all() and stats.kl_rev.isfinite().all()
+
+
 def test_where_both_models_leave_nothing_to_the_rest_there_is_none():
     z = torch.full((1, 40), -INF)
     z[0, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -193,10 +193,10 @@ def student_outcomes(measured: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([measured["listed"], rest.unsqueeze(1)], 1) + 0.0 * measured["logsum_s"].unsqueeze(1)
 
 
-# Sums that stop at the listed tokens, each (R,) from log-probabilities (R, K) that are finite where both models allow
+# Sums that stop at the listed tokens, each (R,) from log-probabilities (R, K), both 0 where either model bans
 PARTIAL = {
-    "forward_kl": lambda lp_s, lp_t, shared: (lp_t.exp() * (lp_t - lp_s) * shared).sum(1),
-    "reverse_kl": lambda lp_s, lp_t, shared: (lp_s.exp() * (lp_s - lp_t) * shared).sum(1),
+    "forward_kl": lambda lp_s, lp_t, shared: (lp_t.exp() * (lp_t - lp_s)).sum(1),
+    "reverse_kl": lambda lp_s, lp_t, shared: (lp_s.exp() * (lp_s - lp_t)).sum(1),
     "hellinger_sq": lambda lp_s, lp_t, shared: 1 - ((0.5 * (lp_s + lp_t)).exp() * shared).sum(1),
 }
 PARTIAL_FIELDS = {"kl_fwd": "forward_kl", "kl_rev": "reverse_kl", "hellinger_sq": "hellinger_sq"}
