@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, l
 from torch import Tensor
 
 import tip_kernels as tip
+from tip_kernels.sources import HeadBlock
 
 RANKS = 4
 BANNED = -(2.0**101)  # a logit so low is banned, and times 0 it is 0
@@ -120,6 +122,36 @@ def vocabulary_parallel_statistics_equal_one_process(group):
             for field, value in fields_of(one).items():
                 close(f"{name}, {field}", getattr(ours, field), value)
                 same_on_all_ranks(group, f"{name}, {field}", getattr(ours, field))
+
+
+@check(2, 4)
+def the_gather_of_a_block_is_under_way_while_the_next_one_is_projected(group):
+    """Three blocks of 256 rows on a CPU; the statistics are those of one process, whose blocks are the same."""
+    n, v = 600, 90
+    student, teacher = head_case(n, v, 8, seed=1).head, head_case(n, v, 8, seed=2).head
+    asked = {"labels": labels_for(n, v), "temperature": torch.linspace(0.5, 2.0, n), **EVERY_FIELD}
+    one, heads, seen = tip.token_stats(student, teacher, **asked), [parts(group, student), parts(group, teacher)], []
+    all_gather, tile = dist.all_gather, HeadBlock.tile
+
+    def begun(*args, **options):
+        work = all_gather(*args, **options)
+        seen.append("begun")
+        return SimpleNamespace(wait=lambda: (seen.append("waited for"), work.wait()))
+
+    def projected(block, *args):
+        seen.append("projected") if seen[-1] != "projected" else None
+        return tile(block, *args)
+
+    dist.all_gather, HeadBlock.tile = begun, projected
+    try:
+        ours = tip.token_stats(*heads, **asked)
+    finally:
+        dist.all_gather, HeadBlock.tile = all_gather, tile
+    first, block, last = ["begun", "waited for"] * 2, ["projected", "begun"], ["waited for"]
+    assert seen == first + block + 2 * (block + last) + last, seen
+    for field, value in fields_of(one).items():
+        close(field, getattr(ours, field), value)
+        same_on_all_ranks(group, field, getattr(ours, field))
 
 
 def losses() -> dict[str, tuple[tip.Divergence, float]]:

@@ -1,12 +1,13 @@
 """The measuring sweep: walks rows and vocabulary tile by tile and leaves a handful of numbers a row.
 
 R rows of a block, C columns of a tile, V vocabulary. A rank of a vocabulary-parallel group walks its own columns; what
-it leaves of a block of rows is gathered and merged as the parts of a row are.
+it leaves of a block of rows is gathered, while the next block is walked, and merged as the parts of a row are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from tip_kernels.backends import backend_for
 from tip_kernels.eager import online
 from tip_kernels.eager.online import Blend
 from tip_kernels.eager.toplist import TopList
-from tip_kernels.parallel import merged_states
+from tip_kernels.parallel import merging
 from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
 from tip_kernels.topk import (
     PARTIAL_FIELDS,
@@ -84,7 +85,7 @@ def measure(
             margins = bool(want & MARGIN_FIELDS) and not lists
             engines = [] if listed else _engines(triton, sources, want, blends, margins, block, columns)
             buffers = [torch.empty(block * columns, device=source.device) for source in sources]
-            done = []
+            done, finish = [], None
             for r0 in range(0, max(n_rows, 1), block):
                 part = slice(r0, min(r0 + block, n_rows))
                 ids = part if rows is None else rows[part]
@@ -94,7 +95,10 @@ def measure(
                 if listed:
                     engines = [ListedEngine(teacher.ids[ids], columns, student.vocab, want)]
                 copies = [None if z is None else z[part] for z in record or [None] * len(sources)]
-                done.append(_measure_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k, copies))
+                walked = _walk_block(blocks, engines, buffers, columns, want, lists, lab, tau, top_k, copies)
+                done += [] if finish is None else [finish()]
+                finish = walked
+            done.append(finish())
             out = {name: torch.cat([d[name] for d in done]) for name in done[0]}
         if listed:
             out |= _outcome_fields(out, teacher, student.vocab, want, rows, labels, workspace)
@@ -142,7 +146,8 @@ class EagerEngine:
         self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit, scratch))
 
     def state(self) -> online.State:
-        return online.merge(self.parts, self.unit)
+        self.parts = [online.merge(self.parts, self.unit)]
+        return self.parts[0]
 
     def finish(self, states: list[online.State]) -> dict[str | Blend, Tensor]:
         return online.finish(online.merge(states, self.unit), self.temperature)
@@ -171,7 +176,8 @@ class ListedEngine:
         self.parts.append(self.fold(tiles[0], None, 1 / online.NATS))
 
     def state(self) -> online.State:
-        return online.merge(self.parts, 1 / online.NATS)
+        self.parts = [online.merge(self.parts, 1 / online.NATS)]
+        return self.parts[0]
 
     def finish(self, states: list[online.State]) -> dict[str | Blend, Tensor]:
         unit = 1 / online.NATS
@@ -323,7 +329,7 @@ def _label_logits(source: HeadRows, hidden: Tensor, labels: Tensor) -> Tensor:
     return torch.where(inside, z, torch.nan)
 
 
-def _measure_block(
+def _walk_block(
     blocks: list[LogitBlock | HeadBlock],
     engines: list[Engine],
     buffers: list[Tensor],
@@ -334,10 +340,13 @@ def _measure_block(
     temperature: float | Tensor,
     top_k: int,
     copies: list[Tensor | None],
-) -> dict[str | Blend, Tensor]:
-    """The statistics of one block of rows: walks the columns tile by tile. temperature is a float or (R,).
+) -> Callable[[], dict[str | Blend, Tensor]]:
+    """Walks the columns of one block of rows tile by tile; what it returns tells their statistics.
 
-    copies  (R, V) of each source that its tiles are left in, or None
+    Between the two the engines may take in the next block, whose products hide this one's collective.
+
+    temperature  a float or (R,)
+    copies       (R, V) of each source that its tiles are left in, or None
     """
     n_rows, source, device = blocks[0].n_rows, blocks[0].source, buffers[0].device
     labels = None if labels is None else labels - source.first
@@ -362,19 +371,27 @@ def _measure_block(
     mine = [engine.state() for engine in engines]
     mine += [dict(enumerate(z_label))] if labels is not None else []
     mine += [top.state() for top in tops] if source.shard else []
-    states = list(zip(*merged_states(mine, source.shard), strict=True))
-    out: dict[str | Blend, Tensor] = {}
-    for engine, parts in reversed(list(zip(engines, states, strict=False))):
-        out |= engine.finish(list(parts))
-    if source.shard:
+    merged = merging(mine, source.shard)
+    engines = [copy(engine) for engine in engines]  # as they are after this block
+
+    def finished() -> dict[str | Blend, Tensor]:
+        states = list(zip(*merged(), strict=True))
+        out: dict[str | Blend, Tensor] = {}
+        for engine, parts in reversed(list(zip(engines, states, strict=False))):
+            out |= engine.finish(list(parts))
+        z_labels = z_label
+        if source.shard:
+            if labels is not None:
+                found = states[len(engines)]
+                z_labels = [_only(torch.stack([part[i] for part in found])) for i in range(len(z_label))]
+            for top, parts in zip(reversed(tops), reversed(states), strict=False):
+                top.merge(list(parts))
         if labels is not None:
-            z_label = [_only(torch.stack([part[i] for part in states[len(engines)]])) for i in range(len(z_label))]
-        for top, parts in zip(reversed(tops), reversed(states), strict=False):
-            top.merge(list(parts))
-    if labels is not None:
-        for model, z in zip("st", z_label, strict=False):
-            out |= _label_field(model, z, temperature, out)
-    return out | (_list_fields(tops, out, top_k, want, temperature) if lists else {})
+            for model, z in zip("st", z_labels, strict=False):
+                out |= _label_field(model, z, temperature, out)
+        return out | (_list_fields(tops, out, top_k, want, temperature) if lists else {})
+
+    return finished
 
 
 def _only(z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -155,13 +155,26 @@ def lost(what: str, group: ProcessGroup | None, error: RuntimeError) -> RuntimeE
     )
 
 
+def gathering(x: Tensor, group: ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begins to gather x, which has the same shape on all ranks, and returns what waits for it: (P, *x.shape)."""
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    what, work = f"gather {x.numel() * x.element_size()} bytes of every rank", None
+    if x.numel():
+        with _collective(what, group):
+            work = dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group, async_op=True)
+
+    def gathered() -> Tensor:
+        if work is not None:
+            with _collective(what, group):
+                work.wait()
+        return out
+
+    return gathered
+
+
 def all_gathered(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """(P, *x.shape): x of every rank, which has the same shape on all."""
-    out = x.new_empty(dist.get_world_size(group), *x.shape)
-    if x.numel():
-        with _collective(f"gather {x.numel() * x.element_size()} bytes of every rank", group):
-            dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
-    return out
+    return gathering(x, group)()
 
 
 def added_up(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -232,18 +245,26 @@ def told(numbers: Sequence[int], device: torch.device, group: ProcessGroup | Non
     return all_gathered(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
 
 
-def merged_states(mine: list[Fields], shard: Shard | None) -> list[list[Fields]]:
-    """The fields of every rank, in rank order, by one collective; all have the same names and shapes."""
+def merging(mine: list[Fields], shard: Shard | None) -> Callable[[], list[list[Fields]]]:
+    """Begins to gather the fields of every rank by one collective, and returns what waits for them, in rank order.
+
+    All ranks have the same names and shapes. What is computed before the wait hides the collective.
+    """
     if shard is None:
-        return [mine]
+        return lambda: [mine]
     flat = [x.contiguous() for fields in mine for x in fields.values()]
     words = [x.view(torch.int32).flatten() for x in flat]
-    ranks = []
-    for row in all_gathered(torch.cat(words), shard.group):
-        parts = iter(row.split([w.numel() for w in words]))
-        shapes = iter(flat)
-        ranks.append([{name: _like(next(shapes), next(parts)) for name in fields} for fields in mine])
-    return ranks
+    gathered = gathering(torch.cat(words), shard.group)
+
+    def merged() -> list[list[Fields]]:
+        ranks = []
+        for row in gathered():
+            parts = iter(row.split([w.numel() for w in words]))
+            shapes = iter(flat)
+            ranks.append([{name: _like(next(shapes), next(parts)) for name in fields} for fields in mine])
+        return ranks
+
+    return merged
 
 
 def _like(x: Tensor, words: Tensor) -> Tensor:
