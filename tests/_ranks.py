@@ -6,12 +6,17 @@ that one that fails on some rank leaves the others' collectives alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
+import struct
+import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +28,7 @@ from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, l
 from torch import Tensor
 
 import tip_kernels as tip
+from tip_kernels import wire
 from tip_kernels.sources import HeadBlock
 
 RANKS = 4
@@ -435,6 +441,79 @@ def distill_over_ranks_adds_up_to_one_process(group):
             dist.all_reduce(weight.grad, group=group)
             assert relative_error(weight.grad, student.weight.grad.double()) <= 3e-6, rule
             assert relative_error(hidden.grad, own(group, student.hidden.grad).double()) <= 3e-6, rule
+
+
+def bytes_received() -> int | None:
+    """What this process got by TCP, headers of gloo included; None where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    received = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if not link.is_socket():
+            continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(link.name))) as connection:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+            received += struct.unpack_from("Q", info, 128)[0] if len(info) == 136 else 0  # tcpi_bytes_received
+    return received
+
+
+@check(2, 4)
+def the_wire_carries_what_is_planned(group):
+    """Calls and payloads to the byte, and what came by TCP within 4 % (gloo's headers), in each layout of the ranks."""
+    size, rank, n, v, width = group.size(), dist.get_rank(group), 2048, 300, 128
+    layouts = [(1, size, None, group), (size, 1, group, None)]
+    if size == 4:
+        rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
+        shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
+        layouts += [(2, 2, rows, shards)]
+    for data_parallel, vocab_parallel, rows, shards in layouts:
+        each = n // data_parallel  # the same rows on every data-parallel rank, so that they keep as many
+        student, teacher = (head_case(each, v, w, seed=w).head for w in (width, 24))
+        for rule in (tip.SoftOr, tip.TopEntropy):
+            planned = wire.collectives(
+                n, v, width, 24, 0.25, data_parallel=data_parallel, vocab_parallel=vocab_parallel, kind="cpu",
+                entropy_rule=rule is tip.TopEntropy, weight_bytes=4,
+            )  # fmt: skip
+            student = tip.Head(leaf(student.hidden), leaf(student.weight))
+            heads = [student, teacher] if shards is None else [parts(shards, student), parts(shards, teacher)]
+            select = rule(0.25, scope="batch") if rows is None else rule(0.25, scope="global", group=rows)
+            dist.barrier(group=group)
+            before, counted = bytes_received(), Counter()
+            with counting(counted):
+                tip.distill(*heads, select=select, sweeps=2).loss.backward()
+                if rows is not None:  # as DDP does
+                    dist.all_reduce(heads[0].weight.grad, group=rows)
+            dist.barrier(group=group)
+            after = bytes_received()
+            for op in ("all-gather", "all-reduce"):
+                of_op = [c for c in planned if c.op == op]
+                assert counted[op, "calls"] == sum(c.calls for c in of_op), (op, planned, counted)
+                if shards is None:  # else d(head) is of uneven parts
+                    assert counted[op, "bytes"] == sum(c.payload for c in of_op), (op, planned, counted)
+            if before is not None:
+                ours, theirs = torch.tensor(after - before), size * sum(c.sent for c in planned)
+                dist.all_reduce(ours, group=group)
+                assert abs(int(ours) / theirs - 1) < 0.04, (data_parallel, vocab_parallel, ours, theirs)
+
+
+@contextlib.contextmanager
+def counting(counted: Counter):
+    """Counts the calls of torch.distributed and the bytes that each is handed."""
+    real = dist.all_gather, dist.all_reduce
+
+    def all_gather(out, x, **options):
+        counted.update({("all-gather", "calls"): 1, ("all-gather", "bytes"): x.numel() * x.element_size()})
+        return real[0](out, x, **options)
+
+    def all_reduce(x, **options):
+        counted.update({("all-reduce", "calls"): 1, ("all-reduce", "bytes"): x.numel() * x.element_size()})
+        return real[1](x, **options)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    try:
+        yield
+    finally:
+        dist.all_gather, dist.all_reduce = real
 
 
 @check(4)

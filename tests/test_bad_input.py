@@ -561,6 +561,9 @@ WORDS = {  # option: bad values
         "--keep": ["0", "1.5", "nan"],
         "--gpu": ["abacus"],
         "--workspace-mib": ["0", "nan"],
+        "--world": ["0", "x"],
+        "--vocab-parallel": ["0", "3"],
+        "--link": ["string", "0", "nan", "nvlink4"],
     },
 }
 SWITCHES = {  # option: what it may not stand beside

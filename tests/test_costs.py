@@ -64,6 +64,69 @@ def test_the_command_prints_every_strategy(capsys):
         assert name in out
 
 
+def ranked(*sizes: int, keep: float = 0.2, **options) -> dict[str, costs.RankCost]:
+    return {c.strategy: c for c in costs.rank_costs(*sizes, keep, costs.GPUS["h100"], weight_bytes=2, **options)}
+
+
+LARGEST = (1_048_576, 262_144, 4096, 8192)
+
+
+def test_one_rank_costs_what_a_step_costs_and_sends_nothing():
+    alone = {c.strategy: c for c in costs.costs(8192, 151_936, 2048, 4096, 0.2, costs.GPUS["h100"], weight_bytes=2)}
+    for name, cost in ranked(8192, 151_936, 2048, 4096, world=1).items():
+        assert cost.compute_ms == alone[name].predicted_ms and cost.collectives == [] and cost.wire_ms == 0
+        assert cost.memory_mib > alone[name].workspace_mib + 2 * 151_936 * (2048 + 2048 + 4096) / 2**20
+
+
+def test_a_thousand_ranks_share_the_largest_step():
+    """8 ranks a node share the vocabulary, 128 share the rows; the selection moves 12 bytes of each row."""
+    alone, many = ranked(*LARGEST, world=1)["two sweeps"], ranked(*LARGEST, world=1024, vocab_parallel=8)["two sweeps"]
+    assert alone.compute_ms / many.compute_ms == pytest.approx(1024, rel=0.05)
+    assert many.memory_mib < alone.memory_mib / 10
+    sent = {c.name: c for c in many.collectives}
+    assert sent["scores"].sent == 12 * 127 / 128 * 1_048_576
+    assert sent["d(hidden)"].sent == pytest.approx(2 * 7 / 8 * 4 * 4096 * 0.2 * 8192, rel=1e-3)
+    assert sent["states"].payload == 4 * 11 * 4 * 8192  # 4 parts of 8192 columns
+    assert sent["head (DDP, FSDP2)"].sent == 2 * 127 / 128 * 2 * 32_768 * 4096
+    # the largest, and what all hops take
+    assert (
+        sum(c.sent for c in many.collectives) / 40e6 < many.wire_ms < sum(c.sent for c in many.collectives) / 40e6 + 3
+    )
+
+
+def test_a_cut_vocabulary_sends_hidden_gradients_instead_of_the_head():
+    whole, cut = (ranked(*LARGEST, world=1024, vocab_parallel=p) for p in (1, 8))
+    names = [{c.name for c in costs["two sweeps"].collectives} for costs in (whole, cut)]
+    assert names[1] - names[0] == {"shards", "states", "d(hidden)"} and names[0] <= names[1]
+    assert cut["two sweeps"].wire_ms < whole["two sweeps"].wire_ms / 5
+    assert set(cut) == {"two sweeps", "two sweeps, entropy rule"} < set(whole)
+
+
+def test_a_faster_link_is_faster():
+    slow, fast = (ranked(*LARGEST, world=8, vocab_parallel=8, link_gbps=g)["two sweeps"] for g in (50, 450))
+    hops_ms = 5e-3 * sum(c.hops for c in slow.collectives)
+    assert slow.collectives == fast.collectives and slow.wire_ms - hops_ms == pytest.approx(
+        9 * (fast.wire_ms - hops_ms)
+    )
+
+
+@pytest.mark.parametrize("link", ["x", "0", "-1", "inf"])
+def test_a_link_that_is_none_is_refused(link, capsys):
+    sizes = ["--tokens", "64", "--vocab", "100", "--hidden-s", "8", "--hidden-t", "8"]
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *sizes, "--world", "2", "--link", link])
+    assert stop.value.code == 2 and "argument --link: expected ndr, nvlink3" in capsys.readouterr().err
+
+
+def test_the_command_prints_what_each_rank_sends(capsys):
+    sizes = ["--tokens", "1048576", "--vocab", "262144", "--hidden-s", "4096", "--hidden-t", "8192"]
+    assert main(["plan", *sizes, "--gpu", "h100", "--world", "1024", "--vocab-parallel", "8", "--link", "25"]) == 0
+    out = capsys.readouterr().out
+    assert "128 data-parallel x 8 vocabulary-parallel, 25 GB/s a rank" in out
+    for name in ("two sweeps", "states", "d(hidden)", "scores", "normaliser", "head (DDP, FSDP2)"):
+        assert name in out
+
+
 @pytest.mark.parametrize(
     "option, value",
     [
@@ -73,6 +136,9 @@ def test_the_command_prints_every_strategy(capsys):
         ("--keep", "1.5"),
         ("--gpu", "x"),
         ("--workspace-mib", "0"),
+        ("--world", "0"),
+        ("--vocab-parallel", "2"),
+        ("--link", "nvlink4"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(option, value, capsys):

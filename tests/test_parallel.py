@@ -9,10 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import _ranks
 import pytest
+import torch
 import torch.multiprocessing as mp
+from _cases import head_case
+
+import tip_kernels as tip
+from tip_kernels._batch import Batch
+from tip_kernels.sources import HeadRows
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,17 @@ def failures(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", _ranks.CHECKS)
 def test_ranks(name, failures):
     assert name not in failures, failures[name]
+
+
+def test_a_global_quota_learns_from_the_kept_rows_alone_on_a_gpu_too():
+    """Its capacity is every row of the rank, which would then all be projected again."""
+    head = head_case(10, 20, 4, seed=1).head
+    batch = Batch(HeadRows(head), HeadRows(head), None, None, None, 2**20)
+    ids = torch.tensor([1, 4])
+    on_gpu = SimpleNamespace(mask=SimpleNamespace(device=torch.device("cuda")), row_ids=ids, slots=lambda most: most)
+    assert batch.slots(on_gpu, tip.SoftOr(0.2, scope="rollout")) == 2  # as many as may be, without waiting
+    found, valid = batch.slots(on_gpu, tip.SoftOr(0.2, scope="global"))
+    assert found is ids and valid.all()
 
 
 @pytest.mark.parametrize("way", ["killed", "stopped"])

@@ -139,8 +139,11 @@ class Batch:
         return stats_record(measured, self.student, temperature, self.labels, self.top_k, listed_ids, partial)
 
     def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Kept row ids and which are real: exact on a CPU, else (or in a graph) as many slots as the rule may need."""
-        if kept.mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        """Kept row ids and which are real: exact on a CPU, else (or in a graph) as many slots as the rule may need.
+
+        Exact, too, for a quota over all ranks, which has waited for the device anyway: one may keep any number of rows.
+        """
+        if (kept.mask.device.type == "cpu" or spans_ranks(rule)) and not torch.compiler.is_compiling():
             return kept.row_ids, torch.ones_like(kept.row_ids, dtype=torch.bool)
         groups = 1 if getattr(rule, "scope", "rollout") == "batch" else self.n_rollouts
         return kept.slots(min(rule.capacity(self.n_rows, groups), self.n_rows))

@@ -11,12 +11,13 @@ A unit is one product of N rows by a head, 2 N H V operations. S = keep N rows a
 Time is operations / rate + bytes / bandwidth. On a CPU both are measured on the spot, and how often a strategy touches
 an entry was fitted to `python -m bench step`, which prints these predictions beside its times. On a GPU the rates are
 70 % of the peak for products and 90 % for bytes, and the bytes are those that tiles of logits move; no GPU has checked
-them.
+them. On R ranks what wire.py counts comes on top, at 80 % of the link's bandwidth and 5 us a hop, none of it hidden.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from tip_kernels.one_sweep import divided, stash_slots
+from tip_kernels.wire import Collective, collectives
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ GPUS = {  # dense bf16 peak and memory bandwidth, as the makers give them
     "b200": _gpu("b200", 2250, 8000),
     "mi300x": _gpu("mi300x", 1307, 5300),
 }
+
+
+LINKS_GBPS = {  # GB/s that one GPU sends, as the makers give it
+    "ndr": 50,  # one 400 Gb/s InfiniBand port a GPU
+    "nvlink3": 300,
+    "nvlink4": 450,
+    "nvlink5": 900,
+}
+HOP_S = 5e-6
+RANKING_BYTES = 100  # that ranking takes of each row of all ranks, measured on 4 M rows
 
 
 def this_cpu(width: int, repeats: int = 15) -> Device:
@@ -162,6 +174,63 @@ def costs(
     return sorted((c for c in found if c is not None), key=lambda c: c.predicted_ms)
 
 
+@dataclass(frozen=True)
+class RankCost:
+    """What one rank does, holds and sends in one step."""
+
+    strategy: str
+    collectives: list[Collective]
+    memory_mib: float  # heads, hidden states, their gradients and the workspace; nothing of the backbones
+    compute_ms: float
+    wire_ms: float
+
+
+def rank_costs(
+    tokens: int,
+    vocab: int,
+    hidden_s: int,
+    hidden_t: int,
+    keep: float,
+    device: Device,
+    *,
+    world: int,
+    vocab_parallel: int = 1,
+    link_gbps: float = LINKS_GBPS["ndr"],
+    workspace_mib: float = 256,
+    weight_bytes: int = 4,
+) -> list[RankCost]:
+    """The price of a step on `world` ranks, the selection of scope "global" and both heads cut over `vocab_parallel`.
+
+    tokens          N of all ranks; world / vocab_parallel of them have rows of their own
+    vocab_parallel  P, a divisor of world; the peers keep whole heads and are left out where it is not 1
+    link_gbps       GB/s that a rank sends
+    The other arguments are those of `costs`.
+    """
+    data_parallel = world // vocab_parallel
+    rows, columns = math.ceil(tokens / data_parallel), math.ceil(vocab / vocab_parallel)
+    sizes = {"workspace_mib": workspace_mib, "weight_bytes": weight_bytes}
+    kept = max(1, int(keep * rows))
+    found = []
+    for cost in costs(rows, columns, hidden_s, hidden_t, keep, device, **sizes):
+        ours = cost.strategy.startswith("two sweeps")
+        if not ours and (vocab_parallel > 1 or cost.strategy.startswith("one sweep")):  # none with a global quota
+            continue
+        sent = collectives(
+            tokens, vocab, hidden_s, hidden_t, keep, data_parallel=data_parallel, vocab_parallel=vocab_parallel,
+            kind=device.kind, entropy_rule="entropy" in cost.strategy, **sizes,
+        )  # fmt: skip
+        if not ours:
+            sent = sent[-1:]  # the head's gradient
+        held = weight_bytes * ((columns + rows) * (hidden_s + hidden_t) + (columns + rows) * hidden_s)
+        held += 4 * kept * hidden_s if ours else 0
+        for c in sent:  # what was gathered is there beside what it is unpacked to
+            gathered = c.payload // c.calls * c.ranks if c.op == "all-gather" else 0
+            held += 2 * gathered + (RANKING_BYTES * rows * data_parallel if c.name == "scores" else 0)
+        wire_s = sum(c.sent for c in sent) / (0.8e9 * link_gbps) + HOP_S * sum(c.hops for c in sent)
+        found.append(RankCost(cost.strategy, sent, held / 2**20 + cost.workspace_mib, cost.predicted_ms, 1e3 * wire_s))
+    return sorted(found, key=lambda c: c.compute_ms + c.wire_ms)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of `tip-kernels plan`."""
     p = argparse.ArgumentParser(
@@ -174,6 +243,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep", type=float, default=0.2, help="fraction of tokens kept, in (0, 1]; 0.2")
     p.add_argument("--gpu", choices=sorted(GPUS), help="a GPU's published rates; without it this CPU is measured")
     p.add_argument("--workspace-mib", type=float, default=256)
+    p.add_argument("--world", type=int, help="ranks R: what one of them does, holds and sends")
+    p.add_argument(
+        "--vocab-parallel", type=int, default=1, help="ranks that share a head's vocabulary, a divisor of R; 1"
+    )
+    p.add_argument("--link", help=f"{', '.join(LINKS_GBPS)}, or the GB/s that a rank sends; ndr (50)")
     return p
 
 
@@ -188,7 +262,23 @@ def main(argv: list[str]) -> int:
         options.error(f"argument --keep: expected a fraction in (0, 1], got {args.keep}")
     if not 1 <= args.workspace_mib < float("inf"):
         options.error(f"argument --workspace-mib: expected a number of MiB, at least 1, got {args.workspace_mib}")
+    world = 1 if args.world is None else args.world
+    if world < 1:
+        options.error(f"argument --world: expected at least 1, got {world}")
+    if args.vocab_parallel < 1 or world % args.vocab_parallel or args.vocab_parallel > args.vocab:
+        options.error(
+            f"argument --vocab-parallel: expected a divisor of the {world} ranks of --world, at most --vocab, "
+            f"got {args.vocab_parallel}"
+        )
+    if args.link is not None and args.world is None:
+        options.error(f"argument --link: expected beside --world, got {args.link}")
+    link = _gbps(args.link or "ndr")
+    if not 0 < link < math.inf:
+        options.error(f"argument --link: expected {', '.join(LINKS_GBPS)}, or a number of GB/s, got {args.link}")
     device = GPUS[args.gpu] if args.gpu else this_cpu(args.hidden_s)
+    if args.world is not None:
+        _print_ranks(args, device, link)
+        return 0
     table = costs(
         args.tokens,
         args.vocab,
@@ -210,6 +300,40 @@ def main(argv: list[str]) -> int:
             f"{c.predicted_ms:>8.1f} ms"
         )
     return 0
+
+
+def _gbps(link: str) -> float:
+    """What the link sends, NaN for what is none."""
+    try:
+        return LINKS_GBPS.get(link) or float(link)
+    except ValueError:
+        return math.nan
+
+
+def _print_ranks(args: argparse.Namespace, device: Device, link_gbps: float) -> None:
+    world, vocab_parallel = args.world, args.vocab_parallel
+    found = rank_costs(
+        args.tokens, args.vocab, args.hidden_s, args.hidden_t, args.keep, device, world=world,
+        vocab_parallel=vocab_parallel, link_gbps=link_gbps, workspace_mib=args.workspace_mib,
+        weight_bytes=2 if args.gpu else 4,
+    )  # fmt: skip
+    print(
+        f"N={args.tokens} V={args.vocab} H={args.hidden_s}/{args.hidden_t} keep={args.keep:g} on {world} ranks of "
+        f"{device.name}: {world // vocab_parallel} data-parallel x {vocab_parallel} vocabulary-parallel, "
+        f"{link_gbps:g} GB/s a rank"
+    )
+    print(f"{'strategy':<26} {'memory':>11} {'sent':>11} {'sent a token':>13} {'products':>11} {'wire':>10}")
+    for c in found:
+        sent = sum(x.sent for x in c.collectives)
+        print(
+            f"{c.strategy:<26} {c.memory_mib:>7.0f} MiB {sent / 2**20:>7.1f} MiB {sent * world / args.tokens:>11.1f} B "
+            f"{c.compute_ms:>8.1f} ms {c.wire_ms:>7.1f} ms"
+        )
+    ours = next(c for c in found if c.strategy == "two sweeps")
+    if ours.collectives:
+        print(f"\n{'two sweeps sends':<26} {'collective':<11} {'ranks':>5} {'calls':>6} {'a rank sends':>16}")
+    for x in ours.collectives:
+        print(f"{x.name:<26} {x.op:<11} {x.ranks:>5} {x.calls:>6} {x.sent / 2**20:>12.3f} MiB")
 
 
 if __name__ == "__main__":

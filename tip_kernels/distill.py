@@ -118,7 +118,7 @@ def distill(
     whose loss is NaN or infinite gets weight 0, is counted in plan.dropped_rows, and on a CPU warned of once.
     Statistics that neither the rule nor the loss needs are None; where the rule needs none of the teacher, the
     teacher's are NaN in rows that were not kept. Does not synchronise between measuring and backward for a rule with a
-    quota; rollout_ids on a GPU are counted once before.
+    quota, unless of scope "global"; rollout_ids on a GPU are counted once before.
 
     Raises ValueError naming the argument. Method: measure, select, learn; TIP (arXiv 2604.14084).
     """

@@ -202,7 +202,7 @@ class QuotaRule(Rule):
 
     "global" chooses what one process would with the rows of all ranks, one rank's after the other's: a tie goes to the
     earlier rank, random rules draw from the first rank's generator. Every rank of the group makes the same calls,
-    however many rows it has. It gathers what the rule reads, and synchronises once.
+    however many rows it has. It gathers what the rule reads, and synchronises once (distill: twice).
 
     Raises ValueError, naming the argument, for any other value.
     """
