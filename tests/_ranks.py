@@ -306,6 +306,7 @@ def what_shards_cannot_do_is_refused_alike_on_every_rank(group):
 def a_dtensor_head_is_gathered_or_with_a_group_measured_in_shards(group):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = DeviceMesh.from_group(group, "cpu")
     student, teacher = head_case(12, 41, 8, seed=1).leaves().head, head_case(12, 41, 8, seed=2).head
@@ -321,10 +322,13 @@ def a_dtensor_head_is_gathered_or_with_a_group_measured_in_shards(group):
     # FSDP2: ranks have rows of their own, the gradient is the mean over the ranks
     weight, hidden = distribute_tensor(student.weight.detach(), mesh, [Shard(0)]).requires_grad_(), leaf(student.hidden)
     mine = slice(0, 8) if rank == 0 else slice(8, 12)
-    rows = tip.Head(hidden[mine], weight), tip.Head(teacher.hidden[mine], teacher.weight)
-    tip.divergence_loss(*rows).sum().backward()
+    with CommDebugMode() as sent:  # gathered once, for all sweeps, and the gradient scattered once
+        rows = tip.Head(hidden[mine], weight), tip.Head(teacher.hidden[mine], teacher.weight)
+        tip.divergence_loss(*rows, divergence=tip.JSD(0.3)).sum().backward()
+    calls = {str(op).rpartition(".")[2]: count for op, count in sent.get_comm_counts().items()}
+    assert calls == {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}, calls
     student.weight.grad = None
-    (0.5 * tip.divergence_loss(student, teacher).sum()).backward()
+    (0.5 * tip.divergence_loss(student, teacher, divergence=tip.JSD(0.3)).sum()).backward()
     assert weight.grad.placements == (Shard(0),)
     assert relative_error(weight.grad.full_tensor(), student.weight.grad.double()) <= 3e-6
     # Ambiguous or impossible
