@@ -7,7 +7,7 @@ import torch
 from _cases import head_case
 
 import tip_kernels as tip
-from tip_kernels import costs
+from tip_kernels import costs, wire
 from tip_kernels.__main__ import main
 
 CPU = costs.Device("cpu", 1e11, 1e-10, 1e-9, kind="cpu")
@@ -100,6 +100,14 @@ def test_a_cut_vocabulary_sends_hidden_gradients_instead_of_the_head():
     assert names[1] - names[0] == {"shards", "states", "d(hidden)"} and names[0] <= names[1]
     assert cut["two sweeps"].wire_ms < whole["two sweeps"].wire_ms / 5
     assert set(cut) == {"two sweeps", "two sweeps, entropy rule"} < set(whole)
+
+
+def test_a_state_on_a_gpu_has_the_words_of_the_kernel():
+    row_stats = pytest.importorskip("tip_kernels.kernels.row_stats", exc_type=ImportError)
+    for columns in (8192, 8193, 20_000):
+        for want, teacher in ((frozenset({"entropy_s", "kl_rev"}), True), (frozenset({"entropy_s"}), False)):
+            sums = row_stats.new_state(1, columns, "cpu", teacher=teacher).sums
+            assert wire.state_words(want, columns, "cuda") == sums.numel()
 
 
 def test_a_faster_link_is_faster():
