@@ -46,19 +46,22 @@ def columns(a: int, b: int) -> list[tuple[int, int]]:
     return [(a // 10**i % 10, b // 10**i % 10) for i in range(3)]
 
 
-def write(a: int, b: int, rng: random.Random, slip=None) -> tuple[str, list[bool]]:
+def write(
+    a: int, b: int, rng: random.Random, slip=None, fillers: tuple[int, int, int] = (3, 3, 3)
+) -> tuple[str, list[bool]]:
     """The completion of `a+b=`, and for each character whether it follows from what stands before it.
 
     `slip(x, y, total, rng)` returns the total that is written for a column: the true one by default. Carries and the
     answer follow what was written, as they do when a model reads its own text. A slipped total's two digits are False.
+    `fillers` is how many letters each line has.
     """
     text, sound, carry, answer = "", [], 0, 0
     for place, (x, y) in enumerate(columns(a, b)):
         total = x + y + carry
         written = slip(x, y, total, rng) if slip else total
-        filler = "".join(rng.choices(FILLERS, k=3))
+        filler = "".join(rng.choices(FILLERS, k=fillers[place]))
         text += f"{x}+{y}+{carry}={written:02d}{filler};"
-        sound += [True] * 6 + [written == total] * 2 + [True] * 4
+        sound += [True] * 6 + [written == total] * 2 + [True] * (len(filler) + 1)
         carry = written // 10
         answer += (written if place == 2 else written % 10) * 10**place
     tail = f">{answer}{END}"

@@ -13,8 +13,10 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -23,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tip_kernels.opd import addition
 from tip_kernels.opd.rollout import sample
-from tip_kernels.opd.task import load_task
+from tip_kernels.opd.task import Task, load_task
 
 PAD = "<pad>"
 
@@ -45,9 +47,9 @@ TEACHER = Recipe(width=96, hidden_mlp=256, layers=3, steps=800)
 STUDENT = Recipe(width=64, hidden_mlp=160, layers=2, steps=600)
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; anything outside addition.CHARACTERS is an error when a prompt is read."""
-    vocab = {token: i for i, token in enumerate([PAD, *addition.CHARACTERS])}
+def character_tokenizer(characters: str = addition.CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token a character, addition.END ends a text; any other character is an error when a prompt is read."""
+    vocab = {token: i for i, token in enumerate([PAD, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -74,33 +76,55 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def batch_of(tokenizer, pairs, rng: random.Random, slip, unread: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T), right-padded, and the labels: -100 on prompt, padding and, with `unread`, on slipped totals."""
+class Transcript(NamedTuple):
+    """What a model reads: a prompt, its completion, and for each character of that whether it is to be predicted."""
+
+    prompt: str
+    completion: str
+    learned: list[bool]
+
+
+Draw = Callable[[random.Random, int], list[Transcript]]  # so many fresh ones
+
+
+def additions(slip, unread: bool, fillers: tuple[int, int, int] = (3, 3, 3)) -> Draw:
+    """Additions that no run is judged on; with `unread` slipped totals are read but not learned."""
+    held_out = frozenset(addition.held_out_pairs())
+
+    def draw(rng: random.Random, count: int) -> list[Transcript]:
+        transcripts = []
+        for a, b in addition.training_pairs(rng, count, held_out):
+            completion, sound = addition.write(a, b, rng, slip, fillers)
+            learned = sound if unread else [True] * len(sound)
+            transcripts.append(Transcript(addition.prompt_of(a, b), completion, learned))
+        return transcripts
+
+    return draw
+
+
+def batch_of(tokenizer, transcripts: list[Transcript]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), right-padded, and the labels: -100 on prompts, padding and what is not to be learned."""
     index = tokenizer.get_vocab()
-    width = 8 + addition.LONGEST
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    width = max(len(one.prompt + one.completion) for one in transcripts)
+    ids = torch.full((len(transcripts), width), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
-    for row, (a, b) in enumerate(pairs):
-        completion, sound = addition.write(a, b, rng, slip)
-        text = torch.tensor([index[character] for character in addition.prompt_of(a, b) + completion])
+    for row, (prompt, completion, learned) in enumerate(transcripts):
+        text = torch.tensor([index[character] for character in prompt + completion])
         ids[row, : len(text)] = text
-        kept = torch.tensor(sound) if unread else torch.ones(len(sound), dtype=torch.bool)
-        labels[row, 8 : len(text)] = torch.where(kept, text[8:], -100)
+        labels[row, len(prompt) : len(text)] = torch.where(torch.tensor(learned), text[len(prompt) :], -100)
     return ids, labels
 
 
-def read(recipe: Recipe, tokenizer, seed: int, slip, unread: bool, report=print) -> LlamaForCausalLM:
-    """Train one model of `recipe` on fresh transcripts with AdamW and a cosine schedule."""
+def read(recipe: Recipe, tokenizer, seed: int, draw: Draw, report=print) -> LlamaForCausalLM:
+    """Train one model of `recipe` on what `draw` writes, with AdamW and a cosine schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    held_out = frozenset(addition.held_out_pairs())
     model = new_model(recipe, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
     start = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        pairs = addition.training_pairs(rng, recipe.batch, held_out)
-        ids, labels = batch_of(tokenizer, pairs, rng, slip, unread)
+        ids, labels = batch_of(tokenizer, draw(rng, recipe.batch))
         logits = model(ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -113,9 +137,8 @@ def read(recipe: Recipe, tokenizer, seed: int, slip, unread: bool, report=print)
     return model
 
 
-def greedy_accuracy(model: LlamaForCausalLM, tokenizer) -> float:
-    """On the first 512 held-out prompts, in fp32."""
-    task = load_task("addition", 512)
+def greedy_accuracy(model: LlamaForCausalLM, tokenizer, task: Task) -> float:
+    """The share of the task's held-out prompts whose likeliest completion is right, in fp32."""
     prompts = [tokenizer(prompt)["input_ids"] for prompt in task.held_out]
     stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     out = sample(model, prompts, max_new_tokens=task.max_new_tokens, stop_ids=[stop], pad_id=pad, temperature=0)
@@ -134,12 +157,14 @@ def retrain(output: Path, seed: int, report=print) -> dict:
     torch.set_num_threads(1)
     try:
         trained = {
-            "teacher": read(TEACHER, tokenizer, seed, addition.any_slip, True, lambda line: report(f"teacher: {line}")),
-            "student": read(
-                STUDENT, tokenizer, seed, addition.students_slip, False, lambda line: report(f"student: {line}")
-            ),
+            name: read(recipe, tokenizer, seed, draw, lambda line, name=name: report(f"{name}: {line}"))
+            for name, recipe, draw in (
+                ("teacher", TEACHER, additions(addition.any_slip, unread=True)),
+                ("student", STUDENT, additions(addition.students_slip, unread=False)),
+            )
         }
-        accuracies = {name: greedy_accuracy(model.eval(), tokenizer) for name, model in trained.items()}
+        task = load_task("addition", 512)
+        accuracies = {name: greedy_accuracy(model.eval(), tokenizer, task) for name, model in trained.items()}
     finally:
         torch.set_num_threads(threads)
     record = {"seed": seed, "torch": torch.__version__, "transformers": transformers.__version__, "models": {}}

@@ -1,0 +1,357 @@
+"""What results/evidence.jsonl says: intervals over seeds, paired differences, the tables of evidence.md, the figure.
+
+Nothing is drawn at random: with so few seeds a bootstrap can take every resample there is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+TEXT = Path(__file__).parent / "evidence.md"
+FIGURE = RESULTS / "evidence.png"
+MEAN_OVER = (10, 20, 30, 40, 50)  # steps; the primary measure is the mean accuracy at these
+SAME = 0.02  # of accuracy: what counts as no difference
+SHARE = 0.9  # of the teacher's accuracy
+LEVEL = 0.05
+
+Cell = tuple[str, str, str, float, str, float]  # task, rule, mode, keep, divergence, learning rate
+LR = 1e-3  # of all cells but a few
+A21, A5, A40, SORTING = "addition_21", "addition_5", "addition_40", "sorting"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell: each array has a number a seed, in the seeds' order."""
+
+    seeds: tuple[int, ...]
+    mean: np.ndarray  # accuracy, over MEAN_OVER
+    final: np.ndarray
+    tokens: np.ndarray  # learned from until SHARE of the teacher's accuracy, +inf where it was not reached
+    seconds: np.ndarray  # likewise, of one core, training alone
+    skipped: np.ndarray
+
+
+def measure(records: Sequence[dict], teachers: dict[str, float]) -> dict[Cell, Measured]:
+    """The measures of every cell; teachers is each task's accuracy to aim at."""
+    cells: dict[Cell, list[dict]] = {}
+    for record in records:
+        cells.setdefault(_cell(record), []).append(record)
+    measured = {}
+    for cell, runs in cells.items():
+        runs.sort(key=lambda run: run["seed"])
+        aim = SHARE * teachers[cell[0]]
+        reached = [next((look for look in run["looks"] if look["accuracy"] >= aim), None) for run in runs]
+        measured[cell] = Measured(
+            tuple(run["seed"] for run in runs),
+            np.array([_mean_accuracy(run) for run in runs]),
+            np.array([run["looks"][-1]["accuracy"] for run in runs]),
+            np.array([look["tokens"] if look else math.inf for look in reached]),
+            np.array([look["seconds"] if look else math.inf for look in reached]),
+            np.array([run["skipped"] for run in runs]),
+        )
+    return measured
+
+
+def _cell(record: dict) -> Cell:
+    return tuple(record[name] for name in ("task", "rule", "mode", "keep", "divergence", "lr"))
+
+
+def _mean_accuracy(run: dict) -> float:
+    return float(np.mean([look["accuracy"] for look in run["looks"] if look["step"] in MEAN_OVER]))
+
+
+def interval(x: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of the mean of x (n,), over all n^n resamples."""
+    means = np.sort(x[np.array(list(itertools.product(range(len(x)), repeat=len(x))))].mean(1))
+    cut = int(len(means) * LEVEL / 2)
+    return float(means[cut]), float(means[-1 - cut])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`one` minus `other`, paired by seed, in the primary measure."""
+
+    question: str
+    one: Cell
+    other: Cell
+    mean: float
+    low: float
+    high: float
+    p: float  # of a paired t-test
+    adjusted: float = math.nan  # after the correction for the number of comparisons
+
+    @property
+    def verdict(self) -> str:
+        if self.adjusted < LEVEL:
+            return "better" if self.mean > 0 else "worse"
+        return "same" if max(-self.low, self.high) < SAME else "open"
+
+
+def difference(measured: dict[Cell, Measured], question: str, one: Cell, other: Cell) -> Difference:
+    a, b = measured[one], measured[other]
+    if a.seeds != b.seeds:
+        raise ValueError(f"expected the same seeds in both cells, got {a.seeds} of {one} and {b.seeds} of {other}")
+    gap = a.mean - b.mean
+    p = float(stats.ttest_1samp(gap, 0.0).pvalue) if gap.std() > 0 else float(gap.mean() == 0)
+    return Difference(question, one, other, float(gap.mean()), *interval(gap), p)
+
+
+def corrected(differences: list[Difference], holm: bool) -> list[Difference]:
+    """With p-values adjusted over the whole list: Holm (any false verdict) or Benjamini-Hochberg (their share)."""
+    p = np.array([each.p for each in differences])
+    order, count = np.argsort(p, kind="stable"), len(p)
+    adjusted = np.empty(count)
+    if holm:
+        adjusted[order] = np.maximum.accumulate(p[order] * (count - np.arange(count)))
+    else:
+        adjusted[order] = np.minimum.accumulate((p[order] * count / np.arange(1, count + 1))[::-1])[::-1]
+    return [
+        Difference(d.question, d.one, d.other, d.mean, d.low, d.high, d.p, min(1.0, float(q)))
+        for d, q in zip(differences, adjusted, strict=True)
+    ]
+
+
+def questions() -> Iterator[tuple[str, Cell, Cell]]:
+    """The comparisons of evidence.md, in its order."""
+
+    def cell(task: str, name: str, keep: float = 1.0, divergence: str = "reverse_kl", lr: float = LR) -> Cell:
+        rule, _, mode = name.partition("/")
+        return task, rule, mode or "topk", keep, divergence, lr
+
+    additions = (A5, A21, A40)
+    for task in additions:
+        for name in ("entropy/sample", "entropy"):
+            yield "T1", cell(task, name, 0.5), cell(task, "full")
+    yield "T1", cell(SORTING, "entropy", 0.5), cell(SORTING, "full")
+    for keep in (0.1, 0.05):
+        for name in ("overconfident", "overconfident_quantile"):
+            yield "T2", cell(A21, name, keep), cell(A21, "full")
+            yield "T2", cell(A21, name, keep), cell(A21, "random", keep)
+    yield "T2", cell(A21, "overconfident", 0.1, lr=3e-4), cell(A21, "full", lr=3e-4)
+    for keep in (0.5, 0.2, 0.1, 0.05):
+        yield "T3", cell(A21, "soft_or_rank", keep), cell(A21, "entropy", keep)
+    for task in (A5, A40, SORTING):
+        yield "T3", cell(task, "soft_or_rank", 0.2), cell(task, "entropy", 0.2)
+    for task in (*additions, SORTING):
+        yield "T3", cell(task, "soft_or_rank/sample", 0.2), cell(task, "entropy/sample", 0.2)
+    for keep in (0.5, 0.2):
+        yield "T4", cell(A21, "soft_or_minmax", keep), cell(A21, "entropy/sample", keep)
+        yield "T4", cell(A21, "soft_or_minmax", keep), cell(A21, "entropy", keep)
+        yield "T4", cell(A21, "soft_or_minmax/sample", keep), cell(A21, "entropy/sample", keep)
+        for name in ("entropy", "soft_or_minmax", "soft_or_rank", "divergence"):
+            yield "T4", cell(A21, name, keep), cell(A21, f"{name}/sample", keep)
+    for task, keep in ((A21, 0.5), (A21, 0.2), (A21, 0.1), (A5, 0.2), (A40, 0.2)):
+        yield "T5", cell(task, "soft_or_minmax", keep), cell(task, "soft_or_rank", keep)
+    for task in (*additions, SORTING):
+        yield "T6", cell(task, "soft_or_rank", 0.2), cell(task, "random", 0.2)
+        yield "T6", cell(task, "soft_or_rank", 0.2), cell(task, "full")
+        yield "T6", cell(task, "divergence", 0.2), cell(task, "random", 0.2)
+        yield "T6", cell(task, "divergence", 0.2), cell(task, "full")
+    for keep in (0.2, 0.1, 0.05):
+        yield "T7", cell(A21, "hellinger", keep), cell(A21, "divergence", keep)
+        yield "T7", cell(A21, "teachability", keep), cell(A21, "divergence", keep)
+    for other in ("reverse_kl", "forward_kl", "jeffreys", "jsd"):
+        yield "D1", cell(A21, "full", 1.0, "todi"), cell(A21, "full", 1.0, other)
+    for other in ("reverse_kl", "forward_kl"):
+        yield "D1", cell(SORTING, "full", 1.0, "todi"), cell(SORTING, "full", 1.0, other)
+    for name in ("adakd_focus", "adakd_temperature", "adakd_both"):
+        yield "A1", cell(A21, name), cell(A21, "full")
+    for name in ("adakd_focus", "adakd_temperature"):
+        yield "A1", cell(A21, "adakd_both"), cell(A21, name)
+
+
+def beside_controls(measured: dict[Cell, Measured]) -> tuple[list[Difference], list[Difference]]:
+    """Every cell beside its full one, and beside random at the same keep; corrected over both together."""
+    to_full, to_random = [], []
+    for cell in measured:
+        task, rule, _, keep, *rest = cell
+        full, control = (task, "full", "topk", 1.0, *rest), (task, "random", "topk", keep, *rest)
+        if cell != full:
+            to_full.append(difference(measured, "full", cell, full))
+        if control in measured and rule != "random":
+            to_random.append(difference(measured, "random", cell, control))
+    both = corrected(to_full + to_random, holm=False)
+    return both[: len(to_full)], both[len(to_full) :]
+
+
+def tables(records: Sequence[dict], teachers: dict[str, float]) -> dict[str, str]:
+    """The two tables of evidence.md, by the name of their marks there."""
+    measured = measure(records, teachers)
+    answers = corrected([difference(measured, *each) for each in questions()], holm=True)
+    rows = [
+        (
+            d.question,
+            *_told_apart(d),
+            f"{d.mean:+.3f}",
+            f"{d.low:+.3f} to {d.high:+.3f}",
+            f"{d.adjusted:.2g}",
+            d.verdict,
+        )
+        for d in answers
+    ]
+    head = ("claim", "task", "this", "against", "difference", "95 % interval", "p, corrected", "verdict")
+    found = {"answers": _markdown(head, rows)}
+    to_full, to_random = ({d.one: d for d in each} for each in beside_controls(measured))
+    rows = []
+    for cell, m in measured.items():
+        low, high = interval(m.mean)
+        accuracy = f"{m.mean.mean():.3f} ({low:.3f} to {high:.3f})"
+        rest = (_middle(m.tokens, 1e-3, "k"), _middle(m.seconds, 1, " s"), _beside(to_full.get(cell)))
+        rest += (_beside(to_random.get(cell)), f"{m.skipped.sum():.0f}" if m.skipped.any() else "")
+        rows.append((cell[0], _name(cell), accuracy, f"{m.final.mean():.3f}", *rest))
+    head = (
+        "task",
+        "cell",
+        "mean accuracy",
+        "last",
+        "tokens to 90 %",
+        "time to 90 %",
+        "to full",
+        "to random",
+        "skipped",
+    )
+    found["cells"] = _markdown(head, rows)
+    return found
+
+
+def _name(cell: Cell) -> str:
+    _, rule, mode, keep, divergence, lr = cell
+    name = f"{rule}, drawn" if mode == "sample" else rule
+    amount = "" if rule == "full" or rule.startswith("adakd") else f" {keep:g}"
+    name += amount + ("" if divergence == "reverse_kl" else f", {divergence}")
+    return name + ("" if lr == LR else f", rate {lr:g}")
+
+
+def _told_apart(d: Difference) -> tuple[str, str, str]:
+    return d.one[0], _name(d.one), _name(d.other)
+
+
+def _beside(d: Difference | None) -> str:
+    return f"{d.mean:+.3f} {d.verdict}" if d else ""
+
+
+def _middle(x: np.ndarray, factor: float, unit: str) -> str:
+    """The median over seeds, and how many seeds have one."""
+    reached, middle = int(np.isfinite(x).sum()), float(np.median(x))
+    if not math.isfinite(middle):
+        return f"{reached} of {len(x)}"
+    return f"{middle * factor:.1f}{unit}" + (f" ({reached} of {len(x)})" if reached < len(x) else "")
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rewritten(text: str, found: dict[str, str]) -> str:
+    """The text with each table between its marks."""
+    block = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+    return block.sub(lambda m: f"{m[1]}{found[m[2]]}{m[3]}", text)
+
+
+def teachers_of(setup: dict) -> dict[str, float]:
+    return {model["task"]: model["accuracy"] for model in setup["models"] if model["side"] == "teacher"}
+
+
+def write(records: Sequence[dict]) -> None:
+    """The tables into evidence.md, the figure beside the runs."""
+    teachers = teachers_of(json.loads((RESULTS / "evidence.json").read_text()))
+    TEXT.write_text(rewritten(TEXT.read_text(), tables(records, teachers)))
+    FIGURE.write_bytes(figure(records, teachers))
+    print(f"{TEXT} and {FIGURE}, from {len(records)} runs")
+
+
+def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
+    """PNG: mean accuracy against the share of tokens kept, a panel a task; the same bytes for the same records."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+    measured = measure(records, teachers)
+    tasks = (A21, A5, A40, SORTING)
+    colours = {
+        "random": "#888888",
+        "entropy": "#1f77b4",
+        "soft_or_rank": "#d62728",
+        "soft_or_minmax": "#ff9896",
+        "divergence": "#2ca02c",
+        "hellinger": "#9467bd",
+        "teachability": "#8c564b",
+        "overconfident": "#e377c2",
+        "overconfident_quantile": "#bcbd22",
+    }
+    whole = Figure(figsize=(13, 7.5), layout="constrained")
+    FigureCanvasAgg(whole)
+    grid = whole.add_gridspec(3, 2, width_ratios=(1.7, 1))
+    panels = [whole.add_subplot(grid[:, 0]), *(whole.add_subplot(grid[i, 1]) for i in range(3))]
+    for panel, task in zip(panels, tasks, strict=True):
+        low, high = interval(measured[task, "full", "topk", 1.0, "reverse_kl", LR].mean)
+        panel.axhspan(low, high, color="#cccccc", lw=0)
+        panel.axhline(measured[task, "full", "topk", 1.0, "reverse_kl", LR].mean.mean(), color="black", lw=1)
+        for place, (rule, mode) in enumerate(itertools.product(colours, ("topk", "sample"))):
+            points = sorted(
+                (c[3], m.mean) for c, m in measured.items() if c == (task, rule, mode, c[3], "reverse_kl", LR)
+            )
+            if not points:
+                continue
+            keeps = np.array([keep for keep, _ in points]) * (1 + 0.008 * (place - len(colours)))
+            means = np.array([x.mean() for _, x in points])
+            ends = np.array([interval(x) for _, x in points]).T
+            panel.errorbar(
+                keeps,
+                means,
+                np.abs(ends - means),
+                color=colours[rule],
+                ls="-" if mode == "topk" else ":",
+                marker="o" if mode == "topk" else "D",
+                ms=4,
+                lw=1.2,
+                label=rule + (", drawn" if mode == "sample" else ""),
+            )
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5]))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.set_title(task, loc="left")
+        panel.grid(alpha=0.3)
+    panels[0].set_xlabel("share of tokens kept; line and band: every token")
+    panels[0].set_ylabel("accuracy, mean over steps 10 to 50; bars: 95 % over 5 students")
+    panels[0].legend(fontsize=8, ncols=2, loc="lower right")
+    buffer = io.BytesIO()
+    whole.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def compare(records: Sequence[dict], new: Sequence[dict], again: int) -> int:
+    """Prints whether new runs land in the old ones' intervals; the run of seed `again` has to repeat its line."""
+    failed = 0
+    for cell in dict.fromkeys(map(_cell, new)):
+        old = np.array([_mean_accuracy(run) for run in records if _cell(run) == cell])
+        fresh = np.array([_mean_accuracy(run) for run in new if _cell(run) == cell and run["seed"] != again])
+        spread = old.std(ddof=1) * math.sqrt(1 / len(old) + 1 / len(fresh))
+        reach = float(stats.t.ppf(1 - LEVEL / 2, len(old) - 1) * spread)
+        inside = abs(fresh.mean() - old.mean()) <= reach
+        one, other = (
+            [[look["accuracy"] for look in run["looks"]] for run in runs if _cell(run) == cell and run["seed"] == again]
+            for runs in (records, new)
+        )
+        failed += (not inside) + (one != other)
+        low, high = interval(old)
+        print(
+            f"{cell[0]} {_name(cell)}: fresh {fresh.mean():.3f} of {len(fresh)} students, expected "
+            f"{old.mean() - reach:.3f} to {old.mean() + reach:.3f} ({'inside' if inside else 'OUTSIDE'}; "
+            f"bootstrap {low:.3f} to {high:.3f}); seed {again} {'repeats' if one == other else 'DIFFERS from'} its line"
+        )
+    return int(failed > 0)
