@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-RESULTS = Path(__file__).parent / "results"
+from bench.tables import RESULTS, markdown, rewritten
+
 TEXT = Path(__file__).parent / "evidence.md"
 FIGURE = RESULTS / "evidence.png"
 MEAN_OVER = (10, 20, 30, 40, 50)  # steps; the primary measure is the mean accuracy at these
@@ -184,8 +184,8 @@ def beside_controls(measured: dict[Cell, Measured]) -> tuple[list[Difference], l
     return both[: len(to_full)], both[len(to_full) :]
 
 
-def tables(records: Sequence[dict], teachers: dict[str, float]) -> dict[str, str]:
-    """The two tables of evidence.md, by the name of their marks there."""
+def text(records: Sequence[dict], teachers: dict[str, float]) -> str:
+    """evidence.md with its two tables as the records have them."""
     measured = measure(records, teachers)
     answers = corrected([difference(measured, *each) for each in questions()], holm=True)
     rows = [
@@ -200,7 +200,7 @@ def tables(records: Sequence[dict], teachers: dict[str, float]) -> dict[str, str
         for d in answers
     ]
     head = ("claim", "task", "this", "against", "difference", "95 % interval", "p, corrected", "verdict")
-    found = {"answers": _markdown(head, rows)}
+    found = {"answers": markdown(head, rows)}
     to_full, to_random = ({d.one: d for d in each} for each in beside_controls(measured))
     rows = []
     for cell, m in measured.items():
@@ -220,8 +220,8 @@ def tables(records: Sequence[dict], teachers: dict[str, float]) -> dict[str, str
         "to random",
         "skipped",
     )
-    found["cells"] = _markdown(head, rows)
-    return found
+    found["cells"] = markdown(head, rows)
+    return rewritten(TEXT.read_text(), {name: lambda name=name: found[name] for name in found})
 
 
 def _name(cell: Cell) -> str:
@@ -248,17 +248,6 @@ def _middle(x: np.ndarray, factor: float, unit: str) -> str:
     return f"{middle * factor:.1f}{unit}" + (f" ({reached} of {len(x)})" if reached < len(x) else "")
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def rewritten(text: str, found: dict[str, str]) -> str:
-    """The text with each table between its marks."""
-    block = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-    return block.sub(lambda m: f"{m[1]}{found[m[2]]}{m[3]}", text)
-
-
 def teachers_of(setup: dict) -> dict[str, float]:
     return {model["task"]: model["accuracy"] for model in setup["models"] if model["side"] == "teacher"}
 
@@ -266,7 +255,7 @@ def teachers_of(setup: dict) -> dict[str, float]:
 def write(records: Sequence[dict]) -> None:
     """The tables into evidence.md, the figure beside the runs."""
     teachers = teachers_of(json.loads((RESULTS / "evidence.json").read_text()))
-    TEXT.write_text(rewritten(TEXT.read_text(), tables(records, teachers)))
+    TEXT.write_text(text(records, teachers))
     FIGURE.write_bytes(figure(records, teachers))
     print(f"{TEXT} and {FIGURE}, from {len(records)} runs")
 
@@ -292,7 +281,7 @@ def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
         "overconfident": "#e377c2",
         "overconfident_quantile": "#bcbd22",
     }
-    whole = Figure(figsize=(13, 7.5), layout="constrained")
+    whole = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(whole)
     grid = whole.add_gridspec(3, 2, width_ratios=(1.7, 1))
     panels = [whole.add_subplot(grid[:, 0]), *(whole.add_subplot(grid[i, 1]) for i in range(3))]
@@ -323,12 +312,13 @@ def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5]))
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panel.set_xlim(0.042, 0.6)
         panel.set_title(task, loc="left")
         panel.grid(alpha=0.3)
     panels[0].set_xlabel("share of tokens kept; line and band: every token")
     panels[0].set_ylabel("accuracy, mean over steps 10 to 50; bars: 95 % over 5 students")
-    panels[0].legend(fontsize=8, ncols=2, loc="lower right")
+    whole.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     buffer = io.BytesIO()
     whole.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

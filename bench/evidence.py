@@ -27,12 +27,12 @@ import torch
 import tip_kernels as tip
 from bench import _evidence_models as models
 from bench import _evidence_table as table
+from bench.tables import RESULTS
 from tip_kernels.adaptive import adakd
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.train import Loop
 from tip_kernels.select import QuotaRule
 
-RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "evidence.jsonl"
 SETUP = RESULTS / "evidence.json"  # what the runs were made with
 SEEDS = range(1, 6)
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         if args.fresh:
             return _fresh(pool, args.models)
-        trained = _train(pool, args.models, SEEDS)
+        trained = _train(pool, args.models, models.LANGUAGES, SEEDS)
         SETUP.write_text(json.dumps(_setup(trained), indent=1) + "\n")
         wanted = [(cell, seed) for cell in cells() for seed in SEEDS]
         records = _records()
@@ -267,10 +267,10 @@ def _key(record: dict) -> tuple:
     return tuple(record[name] for name in (*Cell._fields, "seed"))
 
 
-def _train(pool: ProcessPoolExecutor, folder: Path, seeds: Iterable[int]) -> list[dict]:
+def _train(pool: ProcessPoolExecutor, folder: Path, tasks: Iterable[str], seeds: Iterable[int]) -> list[dict]:
     """Trains what is not there yet; returns every model's record."""
-    wanted = [(task, "teacher", 0) for task in models.LANGUAGES]
-    wanted += [(task, "student", seed) for task in models.LANGUAGES for seed in seeds]
+    wanted = [(task, "teacher", 0) for task in tasks]
+    wanted += [(task, "student", seed) for task in tasks for seed in seeds]
     places = {each: models.folder_of(folder, *each) / "record.json" for each in wanted}
     missing = [(*each, place.parent) for each, place in places.items() if not place.exists()]
     for _ in _all(pool, models.train, missing) if missing else ():
@@ -279,10 +279,12 @@ def _train(pool: ProcessPoolExecutor, folder: Path, seeds: Iterable[int]) -> lis
 
 
 def _setup(trained: list[dict]) -> dict:
+    import matplotlib
     import transformers
 
     return {
         "steps": STEPS,
+        "matplotlib": matplotlib.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -299,7 +301,7 @@ def _fresh(pool: ProcessPoolExecutor, folder: Path) -> int:
         Cell("addition_21", "soft_or_rank", "topk", 0.2, "reverse_kl"),
         Cell("addition_21", "random", "topk", 0.2, "reverse_kl"),
     ]
-    _train(pool, folder, [SEEDS[0], *FRESH_SEEDS])
     seeds = [SEEDS[0], *FRESH_SEEDS]
+    _train(pool, folder, ["addition_21"], seeds)
     new = list(_all(pool, run, [(cell, seed, folder) for cell in chosen for seed in seeds]))
     return table.compare(_records(), new, again=SEEDS[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -46,7 +46,7 @@ def step() -> str:
         f"reverse KL, torch {found['torch']}; a unit took {found['unit_ms']:.0f} ms\n\n"
     )
     head = ("step", "units", "time over ours at Soft-OR 0.2", "memory above inputs and gradients", "planned / measured")
-    return caption + _table(head, rows)
+    return caption + markdown(head, rows)
 
 
 def targets() -> str:
@@ -59,14 +59,14 @@ def targets() -> str:
         ]
         for v in _result("cpu_step")["targets"]
     )
-    return _table(("figure", "measured", "target", "met"), rows)
+    return markdown(("figure", "measured", "target", "met"), rows)
 
 
 def precision() -> str:
     found = _result("cpu_precision")["rows"]
     kinds = [name for name in found[0] if name.startswith("kl_")]
     rows = ([row["step"], row["dtype"], *(f"{row[kind]:.1e}" for kind in kinds)] for row in found)
-    return _table(("step", "leaves", *(f"KL {kind[3:]}" for kind in kinds)), rows)
+    return markdown(("step", "leaves", *(f"KL {kind[3:]}" for kind in kinds)), rows)
 
 
 def scale() -> str:
@@ -80,15 +80,15 @@ def scale() -> str:
         ]
         for curve in _result("cpu_scale")["curves"]
     )
-    return _table(("axis", "sweeps", "N x V", "exponent of time", "most memory above inputs and gradients"), rows)
+    return markdown(("axis", "sweeps", "N x V", "exponent of time", "most memory above inputs and gradients"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"step": step, "targets": targets, "precision": precision, "scale": scale}
 
 
-def rewritten(text: str) -> str:
-    """The text with each marked table as the results have it."""
-    return BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+def rewritten(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """The text with each marked table as `tables` have it."""
+    return BLOCK.sub(lambda m: f"{m[1]}{tables[m[2]]()}{m[3]}", text)
 
 
 def main(argv: list[str]) -> int:

@@ -361,7 +361,7 @@ class Overconfident(QuotaRule):
 
     The quota counts the whole population, so fewer rows than the quota may be kept, also none: min_rows forces no row
     in. A divergence of +inf scores +inf. Set thresholds in nats or at high quantiles: below the median entropy lie
-    solved tokens.
+    solved tokens, and thresholds in nats may leave too few rows to learn from (bench/evidence.md).
 
     entropy_below     a finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1]
     divergence_above  the same for stats[by]
