@@ -5,6 +5,7 @@ Nothing is drawn at random: with so few seeds a bootstrap can take every resampl
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from bench.tables import RESULTS, markdown, rewritten
 
 TEXT = Path(__file__).parent / "evidence.md"
 FIGURE = RESULTS / "evidence.png"
+SETUP = RESULTS / "evidence.json"  # what the runs and the figure were made with
 MEAN_OVER = (10, 20, 30, 40, 50)  # steps; the primary measure is the mean accuracy at these
 SAME = 0.02  # of accuracy: what counts as no difference
 SHARE = 0.9  # of the teacher's accuracy
@@ -254,16 +256,18 @@ def teachers_of(setup: dict) -> dict[str, float]:
 
 def write(records: Sequence[dict]) -> None:
     """The tables into evidence.md, the figure beside the runs."""
-    teachers = teachers_of(json.loads((RESULTS / "evidence.json").read_text()))
+    import matplotlib
+
+    setup = json.loads(SETUP.read_text())
+    teachers = teachers_of(setup)
     TEXT.write_text(text(records, teachers))
     FIGURE.write_bytes(figure(records, teachers))
+    SETUP.write_text(json.dumps(setup | {"matplotlib": matplotlib.__version__}, indent=1) + "\n")
     print(f"{TEXT} and {FIGURE}, from {len(records)} runs")
 
 
 def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
     """PNG: mean accuracy against the share of tokens kept, a panel a task; the same bytes for the same records."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter

@@ -34,7 +34,6 @@ from tip_kernels.opd.train import Loop
 from tip_kernels.select import QuotaRule
 
 RUNS = RESULTS / "evidence.jsonl"
-SETUP = RESULTS / "evidence.json"  # what the runs were made with
 SEEDS = range(1, 6)
 FRESH_SEEDS = range(11, 14)
 STEPS = 50
@@ -221,7 +220,7 @@ def main(argv: list[str]) -> int:
         if args.fresh:
             return _fresh(pool, args.models)
         trained = _train(pool, args.models, models.LANGUAGES, SEEDS)
-        SETUP.write_text(json.dumps(_setup(trained), indent=1) + "\n")
+        table.SETUP.write_text(json.dumps(_setup(trained), indent=1) + "\n")
         wanted = [(cell, seed) for cell in cells() for seed in SEEDS]
         records = _records()
         _write(records)  # whole lines only
@@ -279,12 +278,10 @@ def _train(pool: ProcessPoolExecutor, folder: Path, tasks: Iterable[str], seeds:
 
 
 def _setup(trained: list[dict]) -> dict:
-    import matplotlib
     import transformers
 
     return {
         "steps": STEPS,
-        "matplotlib": matplotlib.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -21,7 +21,6 @@ from bench import _evidence_models as models  # noqa: E402
 from bench import _evidence_table as table  # noqa: E402
 from bench.tables import ROOT  # noqa: E402
 
-
 SIGNED = r"[+-]\d\.\d{3}"
 
 
@@ -32,7 +31,7 @@ def records() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def setup() -> dict:
-    return json.loads(evidence.SETUP.read_text())
+    return json.loads(table.SETUP.read_text())
 
 
 def test_every_cell_was_run_with_every_student_and_nothing_else_is_there(records):
