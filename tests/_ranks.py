@@ -364,8 +364,10 @@ def random_stats(n: int) -> tip.TokenStats:
 
 
 def rules(scope: str, group=None) -> list[tip.Rule]:
+    """The first rank's generator is the single process's; the others' would draw other rows."""
+
     def drawn():
-        return torch.Generator().manual_seed(7)
+        return torch.Generator().manual_seed(7 + (dist.get_rank(group) if group else 0))
 
     made = []
     for keep in (0.3, 7):

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -675,18 +676,21 @@ def main() -> int:
         for name in ("numpy", "pytest", "torch", "triton.language"):  # forks share them
             importlib.import_module(name)
     began, survivors = time.perf_counter(), 0
-    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, multiprocessing.get_context("fork")
+    ) as pool:  # may have children of their own
         named = {mutant.tests for mutant in chosen}
         sound = sorted({test for tests in named for test in ([tests] if " -k " in tests else tests.split())})
-        for tests, result in zip(sound, pool.imap(run, sound), strict=True):
+        for tests, result in zip(sound, pool.map(run, sound), strict=True):
             if result.outcome != "SURVIVED":
                 print(f"{tests} fails on the package as it is: {result.outcome} {result.by}", flush=True)
+                pool.shutdown(cancel_futures=True)
                 return 1
         print(
             f"{len(sound)} tests and files pass on the package as it is: {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        for mutant, result in zip(chosen, pool.imap(run, chosen), strict=True):
+        for mutant, result in zip(chosen, pool.map(run, chosen), strict=True):
             survivors += result.outcome != "caught"
             edit = f"{mutant.file}: {mutant.old.strip()[:60]!r} -> {mutant.new.strip()[:40]!r}"
             print(f"{result.outcome:8} {result.seconds:5.1f} s  {edit}  {result.by}", flush=True)
