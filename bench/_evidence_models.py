@@ -3,7 +3,7 @@
 addition_5, _21, _40   the addition scratchpad (tip_kernels/opd/addition.py) whose lines have so many filler letters
                        that they are 5.7, 21 and 40 % of a completion's tokens. Students were taught to slip: sure
                        and wrong, and unsure and wrong
-sorting                ten letters are to be put in order: `kqzbmaxxde>abdekmqxxz$`. No letter is uncertain to the
+sorting                six letters of sixteen are to be put in order: `kcdbma>abcdkm$`. No letter is uncertain to the
                        teacher, and the students' errors are their own: they stopped reading early
 """
 

@@ -41,6 +41,8 @@ class Measured:
     tokens: np.ndarray  # learned from until SHARE of the teacher's accuracy, +inf where it was not reached
     seconds: np.ndarray  # likewise, of one core, training alone
     skipped: np.ndarray
+    kept: np.ndarray  # share of the tokens that were learned from
+    kept_kl: np.ndarray  # their share of KL(student || teacher), over the first ten steps
 
 
 def measure(records: Sequence[dict], teachers: dict[str, float]) -> dict[Cell, Measured]:
@@ -60,6 +62,8 @@ def measure(records: Sequence[dict], teachers: dict[str, float]) -> dict[Cell, M
             np.array([look["tokens"] if look else math.inf for look in reached]),
             np.array([look["seconds"] if look else math.inf for look in reached]),
             np.array([run["skipped"] for run in runs]),
+            np.array([run["kept_share"] for run in runs]),
+            np.array([run["kept_mass"] for run in runs], dtype=float),
         )
     return measured
 
@@ -186,6 +190,11 @@ def beside_controls(measured: dict[Cell, Measured]) -> tuple[list[Difference], l
     return both[: len(to_full)], both[len(to_full) :]
 
 
+def signed(x: float) -> str:
+    """+0.012, and +0.000 for what rounds to none."""
+    return f"{round(x, 3) + 0.0:+.3f}"
+
+
 def text(records: Sequence[dict], teachers: dict[str, float]) -> str:
     """evidence.md with its two tables as the records have them."""
     measured = measure(records, teachers)
@@ -194,9 +203,9 @@ def text(records: Sequence[dict], teachers: dict[str, float]) -> str:
         (
             d.question,
             *_told_apart(d),
-            f"{d.mean:+.3f}",
-            f"{d.low:+.3f} to {d.high:+.3f}",
-            f"{d.adjusted:.2g}",
+            signed(d.mean),
+            f"{signed(d.low)} to {signed(d.high)}",
+            f"{d.adjusted:.4f}",
             d.verdict,
         )
         for d in answers
@@ -208,12 +217,15 @@ def text(records: Sequence[dict], teachers: dict[str, float]) -> str:
     for cell, m in measured.items():
         low, high = interval(m.mean)
         accuracy = f"{m.mean.mean():.3f} ({low:.3f} to {high:.3f})"
+        shares = (f"{100 * m.kept.mean():.1f} %", f"{100 * np.nanmean(m.kept_kl):.0f} %")
         rest = (_middle(m.tokens, 1e-3, "k"), _middle(m.seconds, 1, " s"), _beside(to_full.get(cell)))
         rest += (_beside(to_random.get(cell)), f"{m.skipped.sum():.0f}" if m.skipped.any() else "")
-        rows.append((cell[0], _name(cell), accuracy, f"{m.final.mean():.3f}", *rest))
+        rows.append((cell[0], _name(cell), *shares, accuracy, f"{m.final.mean():.3f}", *rest))
     head = (
         "task",
         "cell",
+        "kept",
+        "of the KL",
         "mean accuracy",
         "last",
         "tokens to 90 %",
@@ -239,7 +251,7 @@ def _told_apart(d: Difference) -> tuple[str, str, str]:
 
 
 def _beside(d: Difference | None) -> str:
-    return f"{d.mean:+.3f} {d.verdict}" if d else ""
+    return f"{signed(d.mean)} {d.verdict}" if d else ""
 
 
 def _middle(x: np.ndarray, factor: float, unit: str) -> str:
@@ -320,7 +332,7 @@ def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
         panel.set_xlim(0.042, 0.6)
         panel.set_title(task, loc="left")
         panel.grid(alpha=0.3)
-    panels[0].set_xlabel("share of tokens kept; line and band: every token")
+    panels[0].set_xlabel("quota, a share of the tokens; line and band: every token")
     panels[0].set_ylabel("accuracy, mean over steps 10 to 50; bars: 95 % over 5 students")
     whole.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """Does choosing tokens help, and which choice? On-policy distillation of tiny models, every rule with its controls.
 
-    python -m bench evidence [--jobs N]     trains the models and does the runs that are missing, then the table
+    python -m bench evidence [--jobs N]     does the runs that results/evidence.jsonl lacks, then the table: to begin
+                                            anew, move that file away
     python -m bench evidence --table        the table and the figure alone, from results/evidence.jsonl
     python -m bench evidence --fresh        three cells again, with students that no run has seen
 
@@ -219,13 +220,18 @@ def main(argv: list[str]) -> int:
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         if args.fresh:
             return _fresh(pool, args.models)
-        trained = _train(pool, args.models, models.LANGUAGES, SEEDS)
-        table.SETUP.write_text(json.dumps(_setup(trained), indent=1) + "\n")
         wanted = [(cell, seed) for cell in cells() for seed in SEEDS]
         records = _records()
-        _write(records)  # whole lines only
         done = {_key(record) for record in records}
         left = [(cell, seed) for seed in SEEDS for cell in cells() if (*cell, seed) not in done]
+        if left:
+            setup = _setup(_train(pool, args.models, models.LANGUAGES, SEEDS))
+            if not records:
+                table.SETUP.write_text(json.dumps(setup, indent=1) + "\n")
+            elif _checksums(setup) != _checksums(json.loads(table.SETUP.read_text())):
+                print(f"{RUNS} has runs of other models than those in {args.models}: move it away to begin anew")
+                return 2
+        _write(records)  # whole lines only
         with RUNS.open("a") as file:
             for record in _all(pool, run, [(cell, seed, args.models) for cell, seed in left]):
                 file.write(json.dumps(record) + "\n")
@@ -241,6 +247,8 @@ def _all(pool: ProcessPoolExecutor, function, arguments: list[tuple]) -> Iterato
     """What the calls return, in the order in which they end; says how far it has come."""
     began = time.perf_counter()
     calls = [pool.submit(function, *each) for each in arguments]
+    if not calls:
+        return
     for count, call in enumerate(as_completed(calls), start=1):
         yield call.result()
         print(f"\r{count} of {len(calls)}, {time.perf_counter() - began:.0f} s", end="", flush=True)
@@ -272,7 +280,7 @@ def _train(pool: ProcessPoolExecutor, folder: Path, tasks: Iterable[str], seeds:
     wanted += [(task, "student", seed) for task in tasks for seed in seeds]
     places = {each: models.folder_of(folder, *each) / "record.json" for each in wanted}
     missing = [(*each, place.parent) for each, place in places.items() if not place.exists()]
-    for _ in _all(pool, models.train, missing) if missing else ():
+    for _ in _all(pool, models.train, missing):
         pass
     return [json.loads(place.read_text()) for place in places.values()]
 
@@ -289,6 +297,10 @@ def _setup(trained: list[dict]) -> dict:
         "cores": os.cpu_count(),
         "models": trained,
     }
+
+
+def _checksums(setup: dict) -> dict[tuple, str]:
+    return {(model["task"], model["side"], model["seed"]): model["sha256"] for model in setup["models"]}
 
 
 def _fresh(pool: ProcessPoolExecutor, folder: Path) -> int:

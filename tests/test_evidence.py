@@ -105,7 +105,7 @@ def test_differences_are_paired_by_seed_and_other_seeds_are_refused():
         looks = [
             {"step": s, "tokens": s, "seconds": 1.0, "accuracy": accuracy if s >= 10 else 0.0} for s in evidence.LOOKS
         ]
-        return cell | {"seed": seed, "looks": looks, "skipped": 0}
+        return cell | {"seed": seed, "looks": looks, "skipped": 0, "kept_share": 1.0, "kept_mass": None}
 
     gaps = np.array([0.1, 0.2, 0.15])
     runs = [run("b", s, 0.3 * s) for s in range(3)] + [run("a", s, 0.3 * s + gaps[s]) for s in (2, 1, 0)]
