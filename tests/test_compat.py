@@ -112,12 +112,13 @@ def test_chunked_loss_and_gradients_are_ligers(beta, hard):
     close(results[0][1], results[1][1])
 
 
-def test_soft_and_hard_losses_come_apart_as_ligers():
+@pytest.mark.parametrize("ignore", [7, -1], ids=["a token", "no token"])
+def test_soft_and_hard_losses_come_apart_as_ligers(ignore):
     chunked = peers_liger()[0]
-    p, labels = problem(), labels_of(ignore=7)
+    p, labels = problem(), labels_of(ignore=ignore)
     arguments = (p["hidden_s"], p["weight_s"], p["hidden_t"], p["weight_t"], labels)
     kinds = (liger.LigerFusedLinearJSDLoss, chunked.LigerFusedLinearJSDLoss)
-    settings = {"ignore_index": 7, "temperature": 2.0, "compiled": False, "return_soft_hard_loss": True}
+    settings = {"ignore_index": ignore, "temperature": 2.0, "compiled": False, "return_soft_hard_loss": True}
     ours, peers = (kind(0.25, 0.5, **settings)(*arguments) for kind in kinds)
     assert [x.item() for x in ours] == pytest.approx([x.item() for x in peers], rel=1e-5)
     assert ours[0].requires_grad and not ours[1].requires_grad and not ours[2].requires_grad

@@ -446,8 +446,10 @@ def test_labels_and_a_completion_mask_mean_the_same_tokens_and_both_must_allow_o
     assert torch.equal(with_labels.loss, with_mask.loss) and torch.equal(with_labels.kept.mask, with_mask.kept.mask)
     batch["labels"] = labels.clone()
     batch["labels"][:, -2:] = -100
+    batch["completion_mask"][:, 3] = 0
     both = distill_batch(student, teacher, batch, select=tip.KeepAll()).kept.mask.view(3, 8)
-    assert torch.equal(both, batch["labels"][:, 1:] != -100)
+    assert torch.equal(both, ((batch["labels"] != -100) & batch["completion_mask"].bool())[:, 1:])
+    assert both.sum(1).tolist() == [3, 2, 3]  # each forbids tokens that the other allows
     del batch["labels"], batch["completion_mask"]
     with pytest.raises(ValueError, match="batch: expected labels or completion_mask"):
         distill_batch(student, teacher, batch)

@@ -528,6 +528,14 @@ def test_gradient_of_a_one_sided_ban_is_finite_where_the_divergence_is(pair, nam
     assert (ours[z_s == -INF] == 0).all()
 
 
+def test_gradient_at_a_token_that_the_student_bans_is_zero_where_the_divergence_is_infinite_too():
+    z_s, z_t = ordinary(2, 1500)
+    whole = learned(z_s, z_t, torch.ones(2), ["forward_kl"])
+    z_s[1, 3] = -INF
+    ours = learned(z_s, z_t, torch.ones(2), ["forward_kl"])  # p_s - p_t elsewhere
+    assert whole[1, 3] != 0 and ours[1, 3] == 0 and ours[1].count_nonzero() == whole[1].count_nonzero() - 1
+
+
 def test_gradient_of_an_infinite_or_broken_row_is_zero():
     z_s, z_t = ordinary(4, 1500)
     z_t[1, 3], z_s[2, 5], z_s[3, 6] = -INF, NAN, -INF
@@ -593,6 +601,10 @@ def test_gradient_of_weight_zero_is_zero_whatever_the_logits_hold():
     z_s[1], z_t[2, 5] = NAN, INF
     ours = learned(z_s, z_t, torch.tensor([1.0, 0.0, 0.0]), ["forward_kl"], out=torch.full_like(z_s, NAN))
     assert (ours[1:] == 0).all() and ours[0].isfinite().all()
+    z_s, z_t = ordinary(2, 1300)
+    stats = row_stats(z_s.to(DEVICE), z_t.to(DEVICE))
+    z_t[1] = NAN  # overwritten since it was measured: its statistics do not say so
+    assert (learned(z_s, z_t, torch.tensor([1.0, 0.0]), ["forward_kl"], stats)[1] == 0).all()
 
 
 def test_gradient_leaves_empty_slots_alone():
@@ -634,6 +646,7 @@ import numpy, torch
 numpy.seterr(all="ignore")
 from tip_kernels.kernels.row_grad import Term, row_grad
 from tip_kernels.kernels.row_stats import row_stats
+from tip_kernels.kernels.row_sums import row_sums
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rows, vocab, stride = 3, 1300, 2**30 + 8
 near_s, near_t = (torch.linspace(-5, 5, rows * vocab).sin().mul(m).view(rows, vocab).half().to(device) for m in (3, 5))
@@ -644,6 +657,9 @@ near, far = row_stats(near_s, near_t), row_stats(far_s, far_t)
 assert all(torch.equal(near[name], far[name]) for name in near)
 up, ids = torch.ones(rows, device=device), torch.arange(rows, device=device)
 ours = row_grad(near_s, near_t, up, near, [Term(1.0, "reverse_kl", (), near)])
+sums = [row_sums(s, t, near, [Term(1.0, "tvd")])[0] for s, t in ((near_s, near_t), (far_s, far_t))]
+assert all(torch.equal(sums[0][name], sums[1][name]) for name in sums[0])
+assert torch.equal(row_grad(far_s, far_t, up, far, [Term(1.0, "reverse_kl", (), far)]), ours)
 row_grad(far_s, far_t, up, far, [Term(1.0, "reverse_kl", (), far)], row_ids=ids, out=far_s, scatter=True)
 assert torch.equal(far_s, ours)
 print("far rows agree")
