@@ -24,7 +24,7 @@ from tip_kernels.opd import addition, retrain
 from tip_kernels.opd.addition import END
 from tip_kernels.opd.pair import Pair, load_pair
 from tip_kernels.opd.retrain import Draw, Recipe, Transcript
-from tip_kernels.opd.task import Task
+from tip_kernels.opd.task import Task, load_task
 
 EVAL_PROMPTS = 512
 LETTERS = "abcdefghijklmnop"
@@ -46,23 +46,14 @@ class Language:
 
 
 def _addition(fillers: tuple[int, int, int], name: str) -> Language:
-    pairs = addition.held_out_pairs()
-    held_out = [addition.prompt_of(*pair) for pair in pairs[:EVAL_PROMPTS]]
-    kept_out = frozenset(pairs)
-
-    def draw(rng: random.Random, count: int) -> list[str]:
-        return [addition.prompt_of(*pair) for pair in addition.training_pairs(rng, count, kept_out)]
-
-    def judge(index: int, completion: str, ended: bool) -> bool:
-        return ended and addition.is_right(held_out[index], completion + END)
-
+    task = load_task("addition", EVAL_PROMPTS)
     longest = addition.LONGEST - 9 + sum(fillers)
-    room = POSITIONS - len(held_out[0])
+    room = POSITIONS - len(task.held_out[0])
     return Language(
         addition.CHARACTERS,
         retrain.additions(addition.any_slip, unread=True, fillers=fillers),
         retrain.additions(addition.students_slip, unread=False, fillers=fillers),
-        Task(name, held_out, draw, judge, max_new_tokens=min(longest + 6, room)),
+        replace(task, name=name, max_new_tokens=min(longest + 6, room)),
     )
 
 

@@ -10,8 +10,9 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -26,9 +27,29 @@ SAME = 0.02  # of accuracy: what counts as no difference
 SHARE = 0.9  # of the teacher's accuracy
 LEVEL = 0.05
 
-Cell = tuple[str, str, str, float, str, float]  # task, rule, mode, keep, divergence, learning rate
 LR = 1e-3  # of all cells but a few
 A21, A5, A40, SORTING = "addition_21", "addition_5", "addition_40", "sorting"
+
+
+class Cell(NamedTuple):
+    """What the runs of all seeds share."""
+
+    task: str
+    rule: str
+    mode: str  # "topk" keeps the best rows, "sample" draws rows without replacement, each with p proportional to score
+    keep: float = 1.0
+    divergence: str = "reverse_kl"
+    lr: float = LR
+
+    @classmethod
+    def of(cls, task: str, name: str, *rest, **other) -> Cell:
+        """`rule` is its top-k, `rule/sample` its draw; whoever has neither is written as top-k."""
+        rule, _, mode = name.partition("/")
+        return cls(task, rule, mode or "topk", *rest, **other)
+
+    @classmethod
+    def in_record(cls, record: dict) -> Cell:
+        return cls(*(record[name] for name in cls._fields))
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,7 @@ def measure(records: Sequence[dict], teachers: dict[str, float]) -> dict[Cell, M
     """The measures of every cell; teachers is each task's accuracy to aim at."""
     cells: dict[Cell, list[dict]] = {}
     for record in records:
-        cells.setdefault(_cell(record), []).append(record)
+        cells.setdefault(Cell.in_record(record), []).append(record)
     measured = {}
     for cell, runs in cells.items():
         runs.sort(key=lambda run: run["seed"])
@@ -66,10 +87,6 @@ def measure(records: Sequence[dict], teachers: dict[str, float]) -> dict[Cell, M
             np.array([run["kept_mass"] for run in runs], dtype=float),
         )
     return measured
-
-
-def _cell(record: dict) -> Cell:
-    return tuple(record[name] for name in ("task", "rule", "mode", "keep", "divergence", "lr"))
 
 
 def _mean_accuracy(run: dict) -> float:
@@ -115,25 +132,19 @@ def difference(measured: dict[Cell, Measured], question: str, one: Cell, other: 
 def corrected(differences: list[Difference], holm: bool) -> list[Difference]:
     """With p-values adjusted over the whole list: Holm (any false verdict) or Benjamini-Hochberg (their share)."""
     p = np.array([each.p for each in differences])
-    order, count = np.argsort(p, kind="stable"), len(p)
-    adjusted = np.empty(count)
     if holm:
+        order, count = np.argsort(p, kind="stable"), len(p)
+        adjusted = np.empty(count)
         adjusted[order] = np.maximum.accumulate(p[order] * (count - np.arange(count)))
     else:
-        adjusted[order] = np.minimum.accumulate((p[order] * count / np.arange(1, count + 1))[::-1])[::-1]
-    return [
-        Difference(d.question, d.one, d.other, d.mean, d.low, d.high, d.p, min(1.0, float(q)))
-        for d, q in zip(differences, adjusted, strict=True)
-    ]
+        adjusted = stats.false_discovery_control(p)
+    return [replace(d, adjusted=min(1.0, float(q))) for d, q in zip(differences, adjusted, strict=True)]
 
 
 def questions() -> Iterator[tuple[str, Cell, Cell]]:
     """The comparisons of evidence.md, in its order."""
 
-    def cell(task: str, name: str, keep: float = 1.0, divergence: str = "reverse_kl", lr: float = LR) -> Cell:
-        rule, _, mode = name.partition("/")
-        return task, rule, mode or "topk", keep, divergence, lr
-
+    cell = Cell.of
     additions = (A5, A21, A40)
     for task in additions:
         for name in ("entropy/sample", "entropy"):
@@ -202,7 +213,9 @@ def text(records: Sequence[dict], teachers: dict[str, float]) -> str:
     rows = [
         (
             d.question,
-            *_told_apart(d),
+            d.one.task,
+            _name(d.one),
+            _name(d.other),
             signed(d.mean),
             f"{signed(d.low)} to {signed(d.high)}",
             f"{d.adjusted:.4f}",
@@ -244,10 +257,6 @@ def _name(cell: Cell) -> str:
     amount = "" if rule == "full" or rule.startswith("adakd") else f" {keep:g}"
     name += amount + ("" if divergence == "reverse_kl" else f", {divergence}")
     return name + ("" if lr == LR else f", rate {lr:g}")
-
-
-def _told_apart(d: Difference) -> tuple[str, str, str]:
-    return d.one[0], _name(d.one), _name(d.other)
 
 
 def _beside(d: Difference | None) -> str:
@@ -343,14 +352,18 @@ def figure(records: Sequence[dict], teachers: dict[str, float]) -> bytes:
 def compare(records: Sequence[dict], new: Sequence[dict], again: int) -> int:
     """Prints whether new runs land in the old ones' intervals; the run of seed `again` has to repeat its line."""
     failed = 0
-    for cell in dict.fromkeys(map(_cell, new)):
-        old = np.array([_mean_accuracy(run) for run in records if _cell(run) == cell])
-        fresh = np.array([_mean_accuracy(run) for run in new if _cell(run) == cell and run["seed"] != again])
+    for cell in dict.fromkeys(map(Cell.in_record, new)):
+        old = np.array([_mean_accuracy(run) for run in records if Cell.in_record(run) == cell])
+        fresh = np.array([_mean_accuracy(run) for run in new if Cell.in_record(run) == cell and run["seed"] != again])
         spread = old.std(ddof=1) * math.sqrt(1 / len(old) + 1 / len(fresh))
         reach = float(stats.t.ppf(1 - LEVEL / 2, len(old) - 1) * spread)
         inside = abs(fresh.mean() - old.mean()) <= reach
         one, other = (
-            [[look["accuracy"] for look in run["looks"]] for run in runs if _cell(run) == cell and run["seed"] == again]
+            [
+                [look["accuracy"] for look in run["looks"]]
+                for run in runs
+                if Cell.in_record(run) == cell and run["seed"] == again
+            ]
             for runs in (records, new)
         )
         failed += (not inside) + (one != other)

@@ -21,14 +21,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import tip_kernels as tip
 from bench import _evidence_models as models
 from bench import _evidence_table as table
+from bench._evidence_table import Cell
 from bench.tables import RESULTS
+from tip_kernels import names
 from tip_kernels.adaptive import adakd
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.train import Loop
@@ -42,41 +43,22 @@ LOOKS = (5, 10, 15, 20, 30, 40, 50)
 BATCH = {"sorting": 256}  # completions of 7 tokens
 ADDITIONS = 64  # completions of 35 to 55 tokens
 
-RULES = {
-    "random": lambda keep, generator: tip.RandomRows(keep, generator=generator),
-    "entropy": lambda keep, generator: tip.TopEntropy(keep),
-    "soft_or_minmax": lambda keep, generator: tip.SoftOr(keep, normalize="minmax"),
-    "soft_or_rank": lambda keep, generator: tip.SoftOr(keep, normalize="rank"),
-    "overconfident": lambda keep, generator: tip.Overconfident(keep),
+RULES = names.RULES | {
+    "full": names.RULES["all"],
+    "soft_or_rank": names.RULES["soft_or"],
     "overconfident_quantile": lambda keep, generator: tip.Overconfident(
         keep, entropy_below=("quantile", 0.8), divergence_above=("quantile", 0.8)
     ),
-    "divergence": lambda keep, generator: tip.TopDivergence(keep),
-    "hellinger": lambda keep, generator: tip.TopHellinger(keep),
     "teachability": lambda keep, generator: tip.Teachability(keep, top_k=4),
 }
 ADAKD = ("adakd_focus", "adakd_temperature", "adakd_both")
 
 
-class Cell(NamedTuple):
-    """What the runs of all seeds share."""
-
-    task: str
-    rule: str
-    mode: str  # "topk" keeps the best rows, "sample" draws rows without replacement, each with p proportional to score
-    keep: float
-    divergence: str
-    lr: float = 1e-3
-
-
 def cells() -> Iterator[Cell]:
     """The subset of the product that is run (evidence.md says why)."""
 
-    def of(task: str, listed: str, keep: float, divergence: str = "reverse_kl", **other) -> Iterator[Cell]:
-        """`rule` is its top-k, `rule/sample` its draw; whoever has neither is written as top-k."""
-        for name in listed.split():
-            rule, _, mode = name.partition("/")
-            yield Cell(task, rule, mode or "topk", keep, divergence, **other)
+    def of(task: str, listed: str, *rest, **other) -> Iterator[Cell]:
+        return (Cell.of(task, name, *rest, **other) for name in listed.split())
 
     main = "addition_21"
     yield from of(main, "full", 1.0)
@@ -169,8 +151,6 @@ class Run(Loop):
         return {"select": self._rule(), "row_mask": mask, "normalizer": "kept"}
 
     def _rule(self) -> tip.Rule:
-        if self.cell.rule == "full":
-            return tip.KeepAll()
         generator = self.generator("rule")
         rule = RULES[self.cell.rule](self.cell.keep, generator)
         return Sampled(self.cell.keep, of=rule, generator=generator) if self.cell.mode == "sample" else rule
@@ -271,7 +251,7 @@ def _write(records: list[dict]) -> None:
 
 
 def _key(record: dict) -> tuple:
-    return tuple(record[name] for name in (*Cell._fields, "seed"))
+    return (*Cell.in_record(record), record["seed"])
 
 
 def _train(pool: ProcessPoolExecutor, folder: Path, tasks: Iterable[str], seeds: Iterable[int]) -> list[dict]:
@@ -306,9 +286,9 @@ def _checksums(setup: dict) -> dict[tuple, str]:
 def _fresh(pool: ProcessPoolExecutor, folder: Path) -> int:
     """Three cells again: with the first student, which repeats its line, and with new ones, inside the intervals."""
     chosen = [
-        Cell("addition_21", "full", "topk", 1.0, "reverse_kl"),
-        Cell("addition_21", "soft_or_rank", "topk", 0.2, "reverse_kl"),
-        Cell("addition_21", "random", "topk", 0.2, "reverse_kl"),
+        Cell.of("addition_21", "full"),
+        Cell.of("addition_21", "soft_or_rank", 0.2),
+        Cell.of("addition_21", "random", 0.2),
     ]
     seeds = [SEEDS[0], *FRESH_SEEDS]
     _train(pool, folder, ["addition_21"], seeds)

@@ -617,14 +617,16 @@ def refused(command: str, option: str, words: list[str], folder, capsys) -> None
     assert not list(folder.iterdir()), last
 
 
+def spread(table: dict[str, dict[str, list[str]]]) -> list[tuple[str, str, str]]:
+    """Every (command, option, value) of a table of options by command."""
+    return [
+        (command, option, value) for command, of in table.items() for option, values in of.items() for value in values
+    ]
+
+
 @pytest.mark.parametrize(
     "command, option, value",
-    [
-        (command, option, value)
-        for command, table in WORDS.items()
-        for option, values in table.items()
-        for value in values
-    ],
+    spread(WORDS),
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(command, option, value, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -643,12 +645,7 @@ def test_a_bad_option_is_one_line_and_exit_code_2(command, option, value, finish
 
 @pytest.mark.parametrize(
     "command, option, beside",
-    [
-        (command, option, beside)
-        for command, table in SWITCHES.items()
-        for option, values in table.items()
-        for beside in values
-    ],
+    spread(SWITCHES),
 )
 def test_a_switch_takes_no_value_and_no_contradiction(command, option, beside, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
