@@ -21,6 +21,10 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
+from tip_kernels import _versions
+
+_versions.check("torch", "triton", "transformers", "trl")
+
 import torch
 from accelerate import DistributedType
 from torch import Tensor
