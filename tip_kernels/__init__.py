@@ -1,96 +1,56 @@
-"""tip_kernels: measure, select, learn."""
+"""tip_kernels: measure, select, learn.
 
-from tip_kernels.adaptive import AdaptiveFocus, adakd, difficulty_temperature
-from tip_kernels.backends import backend
-from tip_kernels.distill import Distilled, Plan, distill
-from tip_kernels.divergences import (
-    JSD,
-    TVD,
-    AlphaBeta,
-    Divergence,
-    ForwardKL,
-    HellingerSq,
-    Jeffreys,
-    Renyi,
-    ReverseKL,
-    SampledReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    ToDi,
-)
-from tip_kernels.head_gradients import GradFilter
-from tip_kernels.importance import token_importance
-from tip_kernels.losses import divergence_loss
-from tip_kernels.select import (
-    KeepAll,
-    Kept,
-    Overconfident,
-    RandomRows,
-    Rule,
-    SampleEntropy,
-    SoftOr,
-    Threshold,
-    TopDivergence,
-    TopEntropy,
-    TopHellinger,
-    TopMargin,
-    quadrants,
-)
-from tip_kernels.select_papers import (
-    CrossEntropyRatio,
-    EntropyGap,
-    GreedyAgreement,
-    PositionPrefix,
-    Teachability,
-)
-from tip_kernels.sources import Head
-from tip_kernels.stats import TokenStats, token_stats
-from tip_kernels.topk import TopK
+Its names are those of _public.py. They, and torch with them, are loaded when the first of them is asked for, so that
+commands answer `--help` at once.
+"""
 
-__all__ = [
-    "JSD",
-    "TVD",
-    "AdaptiveFocus",
-    "AlphaBeta",
-    "CrossEntropyRatio",
-    "Distilled",
-    "Divergence",
-    "EntropyGap",
-    "ForwardKL",
-    "GradFilter",
-    "GreedyAgreement",
-    "Head",
-    "HellingerSq",
-    "Jeffreys",
-    "KeepAll",
-    "Kept",
-    "Overconfident",
-    "Plan",
-    "PositionPrefix",
-    "RandomRows",
-    "Renyi",
-    "ReverseKL",
-    "Rule",
-    "SampleEntropy",
-    "SampledReverseKL",
-    "SkewForwardKL",
-    "SkewReverseKL",
-    "SoftOr",
-    "Teachability",
-    "Threshold",
-    "ToDi",
-    "TokenStats",
-    "TopDivergence",
-    "TopEntropy",
-    "TopHellinger",
-    "TopK",
-    "TopMargin",
-    "adakd",
-    "backend",
-    "difficulty_temperature",
-    "distill",
-    "divergence_loss",
-    "quadrants",
-    "token_importance",
-    "token_stats",
-]
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tip_kernels._public import *  # noqa: F403
+    from tip_kernels._public import __all__ as __all__
+
+    __version__: str
+
+_FUNCTIONS = ("distill",)  # that are named as the submodule they are in
+
+
+class _Package(ModuleType):
+    """Importing a submodule puts it into its package under its own name, where a function may be meant to stand."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+if not TYPE_CHECKING:  # a checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from tip_kernels import _versions
+
+            globals()[name] = _versions.own()
+            return globals()[name]
+        # `from tip_kernels import NAME` looks for an attribute before it looks for a submodule
+        private = name.startswith("_") and name != "__all__"
+        if not private and (name in _FUNCTIONS or importlib.util.find_spec(f"{__name__}.{name}") is None):
+            from tip_kernels import _public
+
+            globals().update({public: getattr(_public, public) for public in ("__all__", *_public.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from tip_kernels import _public
+
+    return [*_public.__all__, "__version__"]

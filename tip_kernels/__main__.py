@@ -13,7 +13,7 @@ commands:
   compare  several runs on one page
   plan     what a step costs by strategy and peer, before it is run
 
-`tip-kernels <command> --help` lists a command's options."""
+`tip-kernels <command> --help` lists a command's options, `tip-kernels --version` says which version this is."""
 
 
 def _opd(argv: list[str]) -> int:
@@ -48,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
+        return 0
+    if argv and argv[0] == "--version":
+        import tip_kernels
+
+        print(f"tip-kernels {tip_kernels.__version__}")
         return 0
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -49,6 +50,16 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def own() -> str:
+    """The version of tip-kernels: of a checkout that its folder lies in, else as installed."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file() and (
+        found := re.search(r'^name = "tip-kernels"\nversion = "(.+)"$', project.read_text(), re.M)
+    ):
+        return found[1]
+    return installed("tip-kernels") or "0+unknown"
 
 
 def fault(package: str, version: str) -> str | None:

@@ -21,11 +21,10 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from tip_kernels.one_sweep import divided, stash_slots
-from tip_kernels.wire import Collective, collectives
+if TYPE_CHECKING:
+    from tip_kernels.wire import Collective
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ RANKING_BYTES = 100  # that ranking takes of each row of all ranks, measured on 
 
 def this_cpu(width: int, repeats: int = 15) -> Device:
     """The CPU that runs this, on torch's present number of threads; takes a second."""
+    import torch
+
     rows, columns = 256, 8192
     a, b, out = torch.randn(rows, width), torch.randn(columns, width), torch.empty(rows, columns)
     tile, matrix = torch.rand(256, 1024), torch.rand(1024, 16_384)
@@ -130,6 +131,8 @@ def costs(
     workspace_mib                      as `distill` takes it
     weight_bytes                       of an entry of the student's head
     """
+    from tip_kernels.one_sweep import divided, stash_slots
+
     n, rho = float(tokens), keep
     kept, kind, workspace = max(1, int(keep * tokens)), device.kind, int(workspace_mib * 2**20)
     matrix_mib = 4 * tokens * vocab / 2**20
@@ -206,6 +209,8 @@ def rank_costs(
     link_gbps       GB/s that a rank sends
     The other arguments are those of `costs`.
     """
+    from tip_kernels.wire import collectives
+
     data_parallel = world // vocab_parallel
     rows, columns = math.ceil(tokens / data_parallel), math.ceil(vocab / vocab_parallel)
     sizes = {"workspace_mib": workspace_mib, "weight_bytes": weight_bytes}

@@ -1,11 +1,13 @@
-"""Rules, divergences and amounts by the names that command lines and configuration files use."""
+"""Rules, divergences and amounts by the names that command lines and configuration files use.
+
+Listing the names, as a --help does, loads nothing of the package.
+"""
 
 from __future__ import annotations
 
 import math
 
 import tip_kernels as tip
-from tip_kernels._checks import is_int
 
 RULES = {
     "all": lambda keep, generator: tip.KeepAll(),
@@ -18,19 +20,19 @@ RULES = {
     "hellinger": lambda keep, generator: tip.TopHellinger(keep),
     "random": lambda keep, generator: tip.RandomRows(keep, generator=generator),
 }
-DIVERGENCES = {  # name: the divergence, and its parameters where `name:1,2` does not say others
-    "reverse_kl": (tip.ReverseKL, ()),
-    "forward_kl": (tip.ForwardKL, ()),
-    "jeffreys": (tip.Jeffreys, ()),
-    "jsd": (tip.JSD, (0.5,)),
-    "skew_forward_kl": (tip.SkewForwardKL, (0.1,)),
-    "skew_reverse_kl": (tip.SkewReverseKL, (0.1,)),
-    "tvd": (tip.TVD, ()),
-    "hellinger_sq": (tip.HellingerSq, ()),
-    "renyi": (tip.Renyi, (0.5,)),
-    "alpha_beta": (tip.AlphaBeta, (0.2, 0.7)),
-    "todi": (tip.ToDi, (1.0,)),
-    "sampled_reverse_kl": (tip.SampledReverseKL, (None,)),
+DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` does not say others
+    "reverse_kl": ("ReverseKL", ()),
+    "forward_kl": ("ForwardKL", ()),
+    "jeffreys": ("Jeffreys", ()),
+    "jsd": ("JSD", (0.5,)),
+    "skew_forward_kl": ("SkewForwardKL", (0.1,)),
+    "skew_reverse_kl": ("SkewReverseKL", (0.1,)),
+    "tvd": ("TVD", ()),
+    "hellinger_sq": ("HellingerSq", ()),
+    "renyi": ("Renyi", (0.5,)),
+    "alpha_beta": ("AlphaBeta", (0.2, 0.7)),
+    "todi": ("ToDi", (1.0,)),
+    "sampled_reverse_kl": ("SampledReverseKL", (None,)),
 }
 
 
@@ -51,7 +53,7 @@ def divergence_of(text: str) -> tip.Divergence:
             form = ":" + ",".join(["NUMBER"] * count) if count else ""
             raise ValueError(f"expected {name}{form}, got {text!r}")
         parameters = given
-    return kind(*parameters)
+    return getattr(tip, kind)(*parameters)
 
 
 def keep_of(value: str | float) -> float | int:
@@ -62,7 +64,8 @@ def keep_of(value: str | float) -> float | int:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
             value = math.nan
-    if not (value >= 1 if is_int(value) else isinstance(value, float) and 0 < value <= 1):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (value >= 1 if whole else isinstance(value, float) and 0 < value <= 1):
         raise ValueError(f"expected a fraction in (0, 1] or a whole number of tokens of at least 1, got {given!r}")
     return value
 

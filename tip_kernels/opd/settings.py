@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from tip_kernels.adaptive import AdaptiveFocus
+import tip_kernels as tip
 from tip_kernels.names import RULES, divergence_of
-from tip_kernels.select import QuotaRule
+
+if TYPE_CHECKING:
+    import torch
 
 PRESETS = ("adakd",)
 MODELS = {  # --model NAME: what it means where nothing else was typed
@@ -58,8 +59,10 @@ class Settings:
     eval_every: int = 10
     workspace_mib: float = 256.0
 
-    def make_rule(self, generator: torch.Generator):
+    def make_rule(self, generator: torch.Generator) -> tip.Rule:
         """The selection rule, which draws from `generator` where it draws at all."""
+        from tip_kernels.select import QuotaRule
+
         rule = RULES[self.rule](self.keep, generator)
         return replace(rule, scope=self.scope) if isinstance(rule, QuotaRule) else rule
 
@@ -68,6 +71,6 @@ class Settings:
         """Whether the divergence reads the sampled tokens, not distributions alone."""
         return bool(divergence_of(self.divergence).needs & {"logp_s", "logp_t"})
 
-    def make_focus(self) -> AdaptiveFocus | None:
+    def make_focus(self) -> tip.AdaptiveFocus | None:
         """AdaKD's ratio of kept rows; it starts to move when the learning rate has risen, whatever --steps says."""
-        return AdaptiveFocus(warmup=self.warmup) if self.preset == "adakd" else None
+        return tip.AdaptiveFocus(warmup=self.warmup) if self.preset == "adakd" else None

@@ -1,0 +1,96 @@
+"""Every public name of the package, which __init__.py loads when one of them is asked for."""
+
+from tip_kernels.adaptive import AdaptiveFocus, adakd, difficulty_temperature
+from tip_kernels.backends import backend
+from tip_kernels.distill import Distilled, Plan, distill
+from tip_kernels.divergences import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    HellingerSq,
+    Jeffreys,
+    Renyi,
+    ReverseKL,
+    SampledReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
+)
+from tip_kernels.head_gradients import GradFilter
+from tip_kernels.importance import token_importance
+from tip_kernels.losses import divergence_loss
+from tip_kernels.select import (
+    KeepAll,
+    Kept,
+    Overconfident,
+    RandomRows,
+    Rule,
+    SampleEntropy,
+    SoftOr,
+    Threshold,
+    TopDivergence,
+    TopEntropy,
+    TopHellinger,
+    TopMargin,
+    quadrants,
+)
+from tip_kernels.select_papers import (
+    CrossEntropyRatio,
+    EntropyGap,
+    GreedyAgreement,
+    PositionPrefix,
+    Teachability,
+)
+from tip_kernels.sources import Head
+from tip_kernels.stats import TokenStats, token_stats
+from tip_kernels.topk import TopK
+
+__all__ = [
+    "JSD",
+    "TVD",
+    "AdaptiveFocus",
+    "AlphaBeta",
+    "CrossEntropyRatio",
+    "Distilled",
+    "Divergence",
+    "EntropyGap",
+    "ForwardKL",
+    "GradFilter",
+    "GreedyAgreement",
+    "Head",
+    "HellingerSq",
+    "Jeffreys",
+    "KeepAll",
+    "Kept",
+    "Overconfident",
+    "Plan",
+    "PositionPrefix",
+    "RandomRows",
+    "Renyi",
+    "ReverseKL",
+    "Rule",
+    "SampleEntropy",
+    "SampledReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SoftOr",
+    "Teachability",
+    "Threshold",
+    "ToDi",
+    "TokenStats",
+    "TopDivergence",
+    "TopEntropy",
+    "TopHellinger",
+    "TopK",
+    "TopMargin",
+    "adakd",
+    "backend",
+    "difficulty_temperature",
+    "distill",
+    "divergence_loss",
+    "quadrants",
+    "token_importance",
+    "token_stats",
+]
