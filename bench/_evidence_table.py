@@ -141,8 +141,8 @@ def corrected(differences: list[Difference], holm: bool) -> list[Difference]:
     return [replace(d, adjusted=min(1.0, float(q))) for d, q in zip(differences, adjusted, strict=True)]
 
 
-def questions() -> Iterator[tuple[str, Cell, Cell]]:
-    """The comparisons of evidence.md, in its order."""
+def questions() -> Iterator[tuple[str, Cell, Cell]]:  # noqa: C901
+    """The comparisons of evidence.md, in its order: a list to read from top to bottom, loop after loop."""
 
     cell = Cell.of
     additions = (A5, A21, A40)
