@@ -282,7 +282,7 @@ def hidden(stage: Stage) -> None:
         return lambda: tip.token_stats(tip.Head(p.hidden_s, p.weight_s), tip.Head(p.hidden_t, p.weight_t))
 
     def fused() -> Callable[[], object]:
-        from tip_kernels.kernels.linear_stats import linear_stats
+        from tip_kernels.backends.triton.linear_stats import linear_stats
 
         return lambda: linear_stats(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t)
 
@@ -394,8 +394,8 @@ def update(stage: Stage) -> None:
 
 def tune(stage: Stage) -> None:
     """Times settings of the two kernels that read logits; those in use are marked, and nothing is changed."""
-    from tip_kernels.kernels import row_grad, row_stats
-    from tip_kernels.kernels._launch import warp
+    from tip_kernels.backends.triton import row_grad, row_stats
+    from tip_kernels.backends.triton._launch import warp
 
     n = 2 if stage.dry_run else stage.sizes.rows // 4
     z_s, z_t = pair_of_logits(stage, n)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import reference as ref
 from reference import divergences
-from tip_kernels.kernels.row_grad import Label, Term, row_grad
-from tip_kernels.kernels.row_stats import row_stats
-from tip_kernels.kernels.row_sums import row_sums
+from tip_kernels.backends.triton.row_grad import Label, Term, row_grad
+from tip_kernels.backends.triton.row_stats import row_stats
+from tip_kernels.backends.triton.row_sums import row_sums
 
 N, H = 5, 64
 VOCABS = (9008, 9001)  # two parts, the second ragged; rows with and without 16-byte loads
@@ -115,7 +115,7 @@ def _sums(kind: str, params: tuple[float, ...], move: Move, vocab: int) -> float
 
 
 def _linear(dtype: torch.dtype, move: Move, vocab: int, *, teacher: bool = True, bias: bool = False) -> float:
-    from tip_kernels.kernels.linear_stats import linear_stats
+    from tip_kernels.backends.triton.linear_stats import linear_stats
 
     generator = torch.Generator().manual_seed(1)
     wide = [torch.randn(rows, width, generator=generator) for width in (H, 2 * H) for rows in (N, vocab)]
@@ -157,7 +157,7 @@ def cases(dry_run: bool = False) -> dict[str, Callable[[Move, int], float]]:
         f"{add}: skew_forward_kl": partial(_sums, "skew_forward_kl", (0.1,)),
         f"{add}: skew_reverse_kl": partial(_sums, "skew_reverse_kl", (0.1, 0.0)),
     }
-    if importlib.util.find_spec("tip_kernels.kernels.linear_stats"):
+    if importlib.util.find_spec("tip_kernels.backends.choice.choice.triton.linear_stats"):
         dtype = fp16 if dry_run else bf16  # the interpreter multiplies the raw bits of bf16
         found |= {
             "linear_kernel finish_kernel: pair": partial(_linear, dtype),

@@ -61,11 +61,11 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
     """Every variant worth a row; calls launch on tensors that nobody reads."""
     import torch
 
-    from tip_kernels.kernels._family import KINDS
-    from tip_kernels.kernels.linear_stats import linear_stats
-    from tip_kernels.kernels.row_grad import Label, Term, row_grad
-    from tip_kernels.kernels.row_stats import row_stats
-    from tip_kernels.kernels.row_sums import row_sums
+    from tip_kernels.backends.triton._family import KINDS
+    from tip_kernels.backends.triton.linear_stats import linear_stats
+    from tip_kernels.backends.triton.row_grad import Label, Term, row_grad
+    from tip_kernels.backends.triton.row_stats import row_stats
+    from tip_kernels.backends.triton.row_sums import row_sums
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 

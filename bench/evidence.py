@@ -29,11 +29,11 @@ from bench import _evidence_models as models
 from bench import _evidence_table as table
 from bench._evidence_table import Cell
 from bench.tables import RESULTS
-from tip_kernels import names
-from tip_kernels.adaptive import adakd
+from tip_kernels.distillation import registry as names
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.train import Loop
-from tip_kernels.select import QuotaRule
+from tip_kernels.select.adakd import adakd
+from tip_kernels.select.rule import QuotaRule
 
 RUNS = RESULTS / "evidence.jsonl"
 SEEDS = range(1, 6)

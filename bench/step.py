@@ -20,7 +20,7 @@ import torch
 import tip_kernels as tip
 from bench import _peers
 from bench._meter import peak_transient_mib
-from tip_kernels import costs
+from tip_kernels.plan import costs
 
 KEEP = 0.2
 SMALL_MIB = 48

@@ -28,8 +28,8 @@ from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, l
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels import wire
-from tip_kernels.sources import HeadBlock
+from tip_kernels.plan import wire
+from tip_kernels.sources.rows import HeadBlock
 
 RANKS = 4
 BANNED = -(2.0**101)  # a logit so low is banned, and times 0 it is 0

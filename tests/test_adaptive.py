@@ -19,7 +19,7 @@ from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
-from tip_kernels.adaptive import AdaptiveFocus, adakd, difficulty_temperature
+from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
 
 checked = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -109,7 +109,7 @@ def test_focus_under_gradient_accumulation_wants_the_mean_of_the_micro_batches()
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from tip_kernels.adaptive import AdaptiveFocus
+from tip_kernels.select.adakd import AdaptiveFocus
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 focus = AdaptiveFocus(beta=0.5)

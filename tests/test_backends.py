@@ -11,10 +11,10 @@ import torch
 from _cases import check_stats, head_case, labels_for, normal
 
 import tip_kernels as tip
-from tip_kernels import sweeps
-from tip_kernels.kernels import linear_stats
-from tip_kernels.measure import measure
-from tip_kernels.sources import rows_of
+from tip_kernels.backends.triton import linear_stats
+from tip_kernels.learn import gradient_sweep as sweeps
+from tip_kernels.measure.sweep import measure
+from tip_kernels.sources.rows import rows_of
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",

@@ -596,9 +596,9 @@ def finished(tmp_path_factory) -> str:
 
 
 def parsers() -> dict[str, object]:
-    from tip_kernels import costs
-    from tip_kernels.inspect import cli
+    from tip_kernels.opd import inspect_cli as cli
     from tip_kernels.opd.options import parser
+    from tip_kernels.plan import costs
 
     return {"opd": parser(), "inspect": cli.inspect_parser(), "compare": cli.compare_parser(), "plan": costs.parser()}
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
-from tip_kernels import measure as measuring
-from tip_kernels import sweeps
-from tip_kernels.compiled import SUMS
-from tip_kernels.kernels._family import KINDS
-from tip_kernels.kernels.linear_stats import linear_stats
-from tip_kernels.kernels.row_grad import Label, Term, row_grad
-from tip_kernels.kernels.row_stats import fold_tile, new_state, row_stats
-from tip_kernels.kernels.row_sums import row_sums
+from tip_kernels.backends.triton._family import KINDS
+from tip_kernels.backends.triton.linear_stats import linear_stats
+from tip_kernels.backends.triton.row_grad import Label, Term, row_grad
+from tip_kernels.backends.triton.row_stats import fold_tile, new_state, row_stats
+from tip_kernels.backends.triton.row_sums import row_sums
+from tip_kernels.learn import gradient_sweep as sweeps
+from tip_kernels.learn.ops import SUMS
+from tip_kernels.measure.sweep import sweep as measuring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
-from tip_kernels import one_sweep
+from tip_kernels.distillation import one_sweep
 
 Inputs = dict[str, Tensor]
 N, V, WIDTH_S, WIDTH_T, K = 8, 60, 12, 20, 4
@@ -540,7 +540,7 @@ def test_a_head_whose_hidden_states_lie_past_two_to_the_31_elements():
 
 @pytest.mark.skipif(torch.cuda.is_available() or not TRITON, reason="a GPU has no untouched pages; needs Triton")
 def test_hidden_states_and_weights_past_two_to_the_31_elements_measure_on_chip_as_near_ones():
-    from tip_kernels.kernels.linear_stats import linear_stats
+    from tip_kernels.backends.triton.linear_stats import linear_stats
 
     near = [normal(3, 32, seed=seed).half() for seed in (1, 2, 3, 4)]  # both models' hidden states and heads
     far = [far_apart(3, 32).copy_(x) for x in near]
@@ -588,7 +588,7 @@ def test_more_rows_than_a_second_grid_axis_holds():
 @pytest.mark.skipif(TRITON is None, reason="needs Triton")
 def test_every_grid_has_one_axis(monkeypatch):
     """So that rows are bounded by 2^31 programs, not by 65,535."""
-    from tip_kernels.kernels import row_stats
+    from tip_kernels.backends.triton import row_stats
 
     seen = []
     kind = type(next(value for value in vars(row_stats).values() if hasattr(value, "run")))

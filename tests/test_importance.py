@@ -10,7 +10,7 @@ from torch import Tensor
 import reference as ref
 import tip_kernels as tip
 from reference import select
-from tip_kernels.importance import token_importance
+from tip_kernels.distillation.importance import token_importance
 
 READS = {
     "logit_diff": {"teacher"},

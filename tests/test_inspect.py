@@ -15,9 +15,9 @@ from tip_kernels import __main__ as command
 pytest.importorskip("transformers")
 
 from tip_kernels.inspect import TokenTable, page, save_statistics
-from tip_kernels.inspect.cli import _observe
 from tip_kernels.inspect.tokens import Top, names, pieces, table_of
 from tip_kernels.opd import UsageError, addition
+from tip_kernels.opd.inspect_cli import _observe
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import reference as ref
 from reference import divergences
-from tip_kernels.kernels._family import KINDS
-from tip_kernels.kernels.linear_stats import linear_stats
-from tip_kernels.kernels.row_grad import CHUNK, Label, Term, row_grad
-from tip_kernels.kernels.row_stats import PART, finish, fold_tile, new_state, row_stats
-from tip_kernels.kernels.row_sums import row_sums
+from tip_kernels.backends.triton._family import KINDS
+from tip_kernels.backends.triton.linear_stats import linear_stats
+from tip_kernels.backends.triton.row_grad import CHUNK, Label, Term, row_grad
+from tip_kernels.backends.triton.row_stats import PART, finish, fold_tile, new_state, row_stats
+from tip_kernels.backends.triton.row_sums import row_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = Path(__file__).parents[1] / "bench" / "results" / "compile.json"
@@ -644,9 +644,9 @@ def test_gradient_needs_no_grid_of_the_shift():
 FAR = """
 import numpy, torch
 numpy.seterr(all="ignore")
-from tip_kernels.kernels.row_grad import Term, row_grad
-from tip_kernels.kernels.row_stats import row_stats
-from tip_kernels.kernels.row_sums import row_sums
+from tip_kernels.backends.triton.row_grad import Term, row_grad
+from tip_kernels.backends.triton.row_stats import row_stats
+from tip_kernels.backends.triton.row_sums import row_sums
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rows, vocab, stride = 3, 1300, 2**30 + 8
 near_s, near_t = (torch.linspace(-5, 5, rows * vocab).sin().mul(m).view(rows, vocab).half().to(device) for m in (3, 5))
@@ -760,10 +760,10 @@ def test_fused_product_uses_hopper_matrix_units_and_bulk_copies(tmp_path):
 COUNT = """
 import torch
 from bench.compile import compile_only
-from tip_kernels.kernels.linear_stats import linear_stats
-from tip_kernels.kernels.row_grad import Term, row_grad
-from tip_kernels.kernels.row_stats import row_stats
-from tip_kernels.kernels.row_sums import row_sums
+from tip_kernels.backends.triton.linear_stats import linear_stats
+from tip_kernels.backends.triton.row_grad import Term, row_grad
+from tip_kernels.backends.triton.row_stats import row_stats
+from tip_kernels.backends.triton.row_sums import row_sums
 compiled = []
 with compile_only("sm_90", compiled):
     for rows, vocab, tau in ((8, 4096, 1.0), (1, 4096, 0.7), (512, 32000, 2.0), (3, 1001, 1.0), (16, 50257, 1.5)):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
-from tip_kernels.select import Kept
+from tip_kernels.select.rule import Kept
 
 DIVERGENCES = {
     "forward": (tip.ForwardKL(), ref.forward_kl),

@@ -8,7 +8,7 @@ from _cases import HEADS, INF, NAN, HeadCase, Products, check_gradient, head_cas
 
 import reference as ref
 import tip_kernels as tip
-from tip_kernels import one_sweep
+from tip_kernels.distillation import one_sweep
 
 N, V, WIDTH_S, WIDTH_T = 40, 1300, 32, 48
 KINDS = {

@@ -16,8 +16,8 @@ import torch
 
 import tip_kernels as tip
 from tip_kernels import __main__ as command
-from tip_kernels.adaptive import AdaptiveFocus
-from tip_kernels.names import DIVERGENCES, RULES, divergence_of
+from tip_kernels.distillation.registry import DIVERGENCES, RULES, divergence_of
+from tip_kernels.select.adakd import AdaptiveFocus
 
 pytest.importorskip("transformers")
 

@@ -55,8 +55,8 @@ def test_help_of_the_main_job_answers_in_less_than_a_third_of_a_second():
 @pytest.mark.parametrize(
     "first",
     [
-        "import tip_kernels.distill",
-        "from tip_kernels.distill import Plan",
+        "import tip_kernels.distillation.distill",
+        "from tip_kernels.distillation.distill import Plan",
         "from tip_kernels.hooks.transformers import distill_batch",
         "from tip_kernels import distill",
         "from tip_kernels import *",
@@ -70,7 +70,7 @@ import sys, types
 import tip_kernels as tip
 for name in tip.__all__:
     assert not isinstance(getattr(tip, name), types.ModuleType), name
-assert isinstance(sys.modules["tip_kernels.distill"], types.ModuleType)
+assert isinstance(sys.modules["tip_kernels.distillation.distill"], types.ModuleType)
 """
     python("-c", script)
 

@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 from _cases import head_case
 
 import tip_kernels as tip
-from tip_kernels._batch import Batch
-from tip_kernels.sources import HeadRows
+from tip_kernels.distillation.batch import Batch
+from tip_kernels.sources.rows import HeadRows
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ from torch import Tensor
 import reference as ref
 import tip_kernels as tip
 from reference import select as ref_select
-from tip_kernels import _checks, one_sweep
-from tip_kernels.select import Kept
+from tip_kernels import _checks
+from tip_kernels.distillation import one_sweep
+from tip_kernels.select.rule import Kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PUBLIC = [f.name for f in fields(tip.TokenStats) if not f.name.startswith("_")]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import tip_kernels as tip
 from reference import select as ref
-from tip_kernels.select import QuotaRule
-from tip_kernels.select_papers import CrossEntropyRatio, EntropyGap, GreedyAgreement, PositionPrefix, Teachability
+from tip_kernels.select.papers import CrossEntropyRatio, EntropyGap, GreedyAgreement, PositionPrefix, Teachability
+from tip_kernels.select.rule import QuotaRule
 
 checked = settings(deadline=None, max_examples=60, derandomize=True)
 FIELDS = ("entropy_s", "entropy_t", "kl_fwd", "kl_rev", "logp_s", "logp_t", "mass_t_on_top_s", "rank_t_of_argmax_s")

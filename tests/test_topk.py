@@ -23,7 +23,7 @@ from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
-from tip_kernels.topk import TopK
+from tip_kernels.sources.topk import TopK
 
 TAILS = ("bucket", "ignore", "renormalise")
 REFERENCE = {

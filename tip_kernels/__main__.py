@@ -23,19 +23,19 @@ def _opd(argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    from tip_kernels.inspect import cli
+    from tip_kernels.opd import inspect_cli as cli
 
     return cli.main("inspect", argv)
 
 
 def _compare(argv: list[str]) -> int:
-    from tip_kernels.inspect import cli
+    from tip_kernels.opd import inspect_cli as cli
 
     return cli.main("compare", argv)
 
 
 def _plan(argv: list[str]) -> int:
-    from tip_kernels import costs
+    from tip_kernels.plan import costs
 
     return costs.main(argv)
 

@@ -1,9 +1,9 @@
 """Every public name of the package, which __init__.py loads when one of them is asked for."""
 
-from tip_kernels.adaptive import AdaptiveFocus, adakd, difficulty_temperature
-from tip_kernels.backends import backend
-from tip_kernels.distill import Distilled, Plan, distill
-from tip_kernels.divergences import (
+from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
+from tip_kernels.backends.choice import backend
+from tip_kernels.distillation.distill import Distilled, Plan, distill
+from tip_kernels.learn.divergences import (
     JSD,
     TVD,
     AlphaBeta,
@@ -18,10 +18,10 @@ from tip_kernels.divergences import (
     SkewReverseKL,
     ToDi,
 )
-from tip_kernels.head_gradients import GradFilter
-from tip_kernels.importance import token_importance
-from tip_kernels.losses import divergence_loss
-from tip_kernels.select import (
+from tip_kernels.learn.head_gradients import GradFilter
+from tip_kernels.distillation.importance import token_importance
+from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.select.rule import (
     KeepAll,
     Kept,
     Overconfident,
@@ -36,16 +36,16 @@ from tip_kernels.select import (
     TopMargin,
     quadrants,
 )
-from tip_kernels.select_papers import (
+from tip_kernels.select.papers import (
     CrossEntropyRatio,
     EntropyGap,
     GreedyAgreement,
     PositionPrefix,
     Teachability,
 )
-from tip_kernels.sources import Head
+from tip_kernels.sources.rows import Head
 from tip_kernels.stats import TokenStats, token_stats
-from tip_kernels.topk import TopK
+from tip_kernels.sources.topk import TopK
 
 __all__ = [
     "JSD",

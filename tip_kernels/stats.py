@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, flag, flat_rows, is_int, row_temperature, workspace_bytes
-from tip_kernels.eager.online import Blend
-from tip_kernels.measure import (
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.measure.sweep import (
     LABEL_FIELDS,
     MARGIN_FIELDS,
     PRIVATE_FIELDS,
@@ -19,8 +19,8 @@ from tip_kernels.measure import (
     check_label_range,
     measure,
 )
-from tip_kernels.sources import Head, Rows, pair_of, rows_of
-from tip_kernels.topk import TopK, TopKRows, check_request
+from tip_kernels.sources.rows import Head, Rows, pair_of, rows_of
+from tip_kernels.sources.topk import TopK, TopKRows, check_request
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def token_stats(
     exactly where its second model bans a token that its first allows. No gradient flows. Does not synchronise; labels
     and temperatures are range-checked on a CPU, on CUDA a bad one makes its row NaN.
 
-    Raises ValueError naming the argument. Method: online softmax with recentred moments (tip_kernels/eager/online.py).
+    Raises ValueError naming the argument. Method: online softmax with recentred moments (backends/eager).
     """
     rows_s, rows_t = (rows_of(student, "student"), None) if teacher is None else pair_of(student, teacher)
     expect(is_int(top_k) and top_k >= 0, "top_k", "an int of at least 0", top_k)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from tip_kernels._checks import FLOATS, expect
-from tip_kernels.distill import Distilled, distill
-from tip_kernels.divergences import ReverseKL
-from tip_kernels.measure import LABEL_FIELDS
-from tip_kernels.select import SoftOr
-from tip_kernels.sources import Head
-from tip_kernels.topk import TopK
+from tip_kernels.distillation.distill import Distilled, distill
+from tip_kernels.learn.divergences import ReverseKL
+from tip_kernels.measure.sweep import LABEL_FIELDS
+from tip_kernels.select.rule import SoftOr
+from tip_kernels.sources.rows import Head
+from tip_kernels.sources.topk import TopK
 
 IGNORE = -100  # no label, as in transformers
 TOLERANCE = 1e-5  # relative: what float32 in a model's forward may round

@@ -33,10 +33,10 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 import tip_kernels as tip
-from tip_kernels import names
 from tip_kernels.compat._calls import head, jsd
-from tip_kernels.measure import LABEL_FIELDS
-from tip_kernels.select import QuotaRule
+from tip_kernels.distillation import registry as names
+from tip_kernels.measure.sweep import LABEL_FIELDS
+from tip_kernels.select.rule import QuotaRule
 from tip_kernels.stats import TokenStats
 
 RULES = (*names.RULES, "threshold", "adakd")

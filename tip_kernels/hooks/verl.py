@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect
-from tip_kernels.distill import Distilled, distill
-from tip_kernels.divergences import Divergence, ReverseKL
-from tip_kernels.losses import divergence_loss
-from tip_kernels.select import Rule, SoftOr, quadrants
-from tip_kernels.topk import TopK
+from tip_kernels.distillation.distill import Distilled, distill
+from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.learn.divergences import Divergence, ReverseKL
+from tip_kernels.select.rule import Rule, SoftOr, quadrants
+from tip_kernels.sources.topk import TopK
 
 
 def select_rows(

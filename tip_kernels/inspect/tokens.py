@@ -311,7 +311,7 @@ def _top(source, k: int, rows: Tensor, tokenizer, strings: _Strings, naming: dic
         ids = source.ids.flatten(0, -2).gather(1, order)
     else:
         from tip_kernels.opd.pair import likeliest
-        from tip_kernels.sources import rows_of
+        from tip_kernels.sources.rows import rows_of
 
         found = likeliest(source, min(k, rows_of(source, "student").vocab), mib)
         ids, logp = found.ids.flatten(0, -2), found.logp.flatten(0, -2)

@@ -6,8 +6,8 @@ import argparse
 import math
 from collections.abc import Callable
 
-from tip_kernels import names
-from tip_kernels.names import DIVERGENCES, RULES
+from tip_kernels.distillation import registry as names
+from tip_kernels.distillation.registry import DIVERGENCES, RULES
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 

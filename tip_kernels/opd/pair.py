@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
 from tip_kernels.opd import UsageError, smollm2
-from tip_kernels.sources import rows_of
-from tip_kernels.topk import TopK
+from tip_kernels.sources.rows import rows_of
+from tip_kernels.sources.topk import TopK
 
 
 @dataclass(frozen=True)

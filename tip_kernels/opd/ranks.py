@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from tip_kernels import parallel
+from tip_kernels.distributed import collectives as parallel
 from tip_kernels.opd import UsageError
 
 Found = TypeVar("Found")

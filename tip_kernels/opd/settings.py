@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tip_kernels as tip
-from tip_kernels.names import RULES, divergence_of
+from tip_kernels.distillation.registry import RULES, divergence_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class Settings:
 
     def make_rule(self, generator: torch.Generator) -> tip.Rule:
         """The selection rule, which draws from `generator` where it draws at all."""
-        from tip_kernels.select import QuotaRule
+        from tip_kernels.select.rule import QuotaRule
 
         rule = RULES[self.rule](self.keep, generator)
         return replace(rule, scope=self.scope) if isinstance(rule, QuotaRule) else rule

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels.adaptive import adakd
-from tip_kernels.names import divergence_of
+from tip_kernels.distillation.registry import divergence_of
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.pair import Pair, Side, likeliest
 from tip_kernels.opd.ranks import Ranks
 from tip_kernels.opd.rollout import Rollouts, sample
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.task import Task
-from tip_kernels.select import spans_ranks
-from tip_kernels.topk import TopK
+from tip_kernels.select.adakd import adakd
+from tip_kernels.select.rule import spans_ranks
+from tip_kernels.sources.topk import TopK
 
 CLIP = 1.0  # largest gradient norm
 BINS = 40  # of the entropy histogram

@@ -12,10 +12,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from tip_kernels import parallel
 from tip_kernels._checks import expect, finite_number, is_int
-from tip_kernels._ranking import _run_starts
-from tip_kernels.select import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
+from tip_kernels.distributed import collectives as parallel
+from tip_kernels.select.ranking import _run_starts
+from tip_kernels.select.rule import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
 from tip_kernels.stats import TokenStats
 
 

@@ -8,11 +8,11 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from tip_kernels import parallel
 from tip_kernels._checks import flat_rows
-from tip_kernels.divergences import Divergence
-from tip_kernels.eager.online import Blend
-from tip_kernels.measure import (
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.distributed import collectives as parallel
+from tip_kernels.learn.divergences import Divergence
+from tip_kernels.measure.sweep import (
     LABEL_FIELDS,
     PRIVATE_FIELDS,
     STUDENT_FIELDS,
@@ -21,10 +21,10 @@ from tip_kernels.measure import (
     measure,
     with_logits,
 )
-from tip_kernels.select import Kept, Rule, spans_ranks
-from tip_kernels.sources import Rows
+from tip_kernels.select.rule import Kept, Rule, spans_ranks
+from tip_kernels.sources.rows import Rows
+from tip_kernels.sources.topk import TopKRows
 from tip_kernels.stats import TokenStats, stats_record
-from tip_kernels.topk import TopKRows
 
 _FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
 Fields = dict[str | Blend, Tensor]

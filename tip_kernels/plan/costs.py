@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tip_kernels.wire import Collective
+    from tip_kernels.plan.wire import Collective
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def costs(
     workspace_mib                      as `distill` takes it
     weight_bytes                       of an entry of the student's head
     """
-    from tip_kernels.one_sweep import divided, stash_slots
+    from tip_kernels.distillation.one_sweep import divided, stash_slots
 
     n, rho = float(tokens), keep
     kept, kind, workspace = max(1, int(keep * tokens)), device.kind, int(workspace_mib * 2**20)
@@ -209,7 +209,7 @@ def rank_costs(
     link_gbps       GB/s that a rank sends
     The other arguments are those of `costs`.
     """
-    from tip_kernels.wire import collectives
+    from tip_kernels.plan.wire import collectives
 
     data_parallel = world // vocab_parallel
     rows, columns = math.ceil(tokens / data_parallel), math.ceil(vocab / vocab_parallel)

@@ -155,9 +155,9 @@ def _of_pair(options: dict, say: Callable[[str], None]):
 
 def _observe(settings, options: dict, student: Path | None, group: str | None, say: Callable[[str], None]):
     """Rollouts by the settings' student, or by a later state of it, under the options' changes to the settings."""
-    from tip_kernels.inspect.observe import observe
-    from tip_kernels.names import RULES
+    from tip_kernels.distillation.registry import RULES
     from tip_kernels.opd import cli
+    from tip_kernels.opd.observe import observe
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop

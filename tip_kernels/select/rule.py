@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tip_kernels import parallel
 from tip_kernels._checks import expect, finite_number, flat_rows, is_int
-from tip_kernels._ranking import best_of_groups, min_max, quantile, share_below
+from tip_kernels.distributed import collectives as parallel
+from tip_kernels.select.ranking import best_of_groups, min_max, quantile, share_below
 from tip_kernels.stats import TokenStats
 
 if TYPE_CHECKING:

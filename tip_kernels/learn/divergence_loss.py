@@ -14,23 +14,22 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from tip_kernels._checks import FLOATS, expect, flat_rows, row_temperature, workspace_bytes
-from tip_kernels.backends import backend_for
-from tip_kernels.divergences import Divergence, ReverseKL
-from tip_kernels.eager import row_grad
-from tip_kernels.eager.online import Blend
-from tip_kernels.head_gradients import GradFilter
-from tip_kernels.measure import (
+from tip_kernels.backends.choice import backend_for
+from tip_kernels.backends.eager import row_grad
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.learn.divergences import Divergence, ReverseKL
+from tip_kernels.learn.gradient_sweep import TWICE, CrossEntropy, GradientSweep, LeafSweep, OutcomeSweep, Sweep
+from tip_kernels.learn.head_gradients import GradFilter
+from tip_kernels.measure.sweep import (
     IGNORE_LABEL,
     LABEL_FIELDS,
     LISTED_FIELDS,
     NORMALISER_FIELDS,
     measure,
 )
-from tip_kernels.select import Kept
-from tip_kernels.sources import Head, LogitRows, Rows, pair_of
-from tip_kernels.stats import TokenStats
-from tip_kernels.sweeps import TWICE, CrossEntropy, GradientSweep, LeafSweep, OutcomeSweep, Sweep
-from tip_kernels.topk import (
+from tip_kernels.select.rule import Kept
+from tip_kernels.sources.rows import Head, LogitRows, Rows, pair_of
+from tip_kernels.sources.topk import (
     PARTIAL,
     TopK,
     TopKRows,
@@ -38,6 +37,7 @@ from tip_kernels.topk import (
     partial_divergence,
     student_outcomes,
 )
+from tip_kernels.stats import TokenStats
 
 
 def divergence_loss(
@@ -197,7 +197,7 @@ def row_loss(student: Rows, teacher: Rows | TopKRows, task: RowTask) -> Tensor:
         return _outcome_loss(student, teacher, task)
     loss, gradient = differentiated(student, teacher, task)
     if torch.compiler.is_compiling():
-        from tip_kernels import compiled
+        from tip_kernels.learn import ops as compiled
 
         return compiled.attach_gradient(loss, gradient, student, teacher)
     return _RowLoss.apply(loss, gradient, student, teacher, *student.leaves)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, row_temperature
-from tip_kernels.eager import row_grad
-from tip_kernels.eager.online import Blend
-from tip_kernels.measure import NORMALISER_FIELDS, TOP_FIELDS, check_label_range, measure
-from tip_kernels.sources import Head, HeadRows, LogitRows, Rows
-from tip_kernels.sweeps import TWICE, CrossEntropy, GradientSweep, Sweep
+from tip_kernels.backends.eager import row_grad
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.learn.gradient_sweep import TWICE, CrossEntropy, GradientSweep, Sweep
+from tip_kernels.measure.sweep import NORMALISER_FIELDS, TOP_FIELDS, check_label_range, measure
+from tip_kernels.sources.rows import Head, HeadRows, LogitRows, Rows
 
 SUMS = {  # what a class-B sweep gives, in order
     "jsd": ("kl_s", "kl_t"),

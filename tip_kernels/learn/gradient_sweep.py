@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tip_kernels.divergences import Divergence
-from tip_kernels.eager import row_grad
-from tip_kernels.head_gradients import GradFilter, HeadGradients
-from tip_kernels.measure import IGNORE_LABEL, columns_of, is_read_in_place, tile_shape, with_logits
-from tip_kernels.parallel import added_up
-from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
-from tip_kernels.topk import TopKRows, add_columns, hide_columns
+from tip_kernels.backends.eager import row_grad
+from tip_kernels.distributed.collectives import added_up
+from tip_kernels.learn.divergences import Divergence
+from tip_kernels.learn.head_gradients import GradFilter, HeadGradients
+from tip_kernels.measure.sweep import IGNORE_LABEL, columns_of, is_read_in_place, tile_shape, with_logits
+from tip_kernels.sources.rows import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
+from tip_kernels.sources.topk import TopKRows, add_columns, hide_columns
 
 TWICE = "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
 
@@ -67,7 +67,7 @@ class Sweep:
             return {}
         asked = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in terms]
         if torch.compiler.is_compiling():
-            from tip_kernels import compiled
+            from tip_kernels.learn import ops as compiled
 
             return dict(zip(terms, compiled.row_sums(self, student, teacher, asked), strict=True))
         return dict(zip(terms, self.sums_of(student, teacher, asked), strict=True))
@@ -99,7 +99,7 @@ class Sweep:
 
     def _tile_sums(self, z_s: Tensor, z_t: Tensor, terms: list[row_grad.Term], part: slice) -> list[dict[str, Tensor]]:
         if self.backend == "triton":
-            from tip_kernels.kernels.row_sums import row_sums
+            from tip_kernels.backends.triton.row_sums import row_sums
 
             tau = self.temperature[part] if isinstance(self.temperature, Tensor) else self.temperature
             return row_sums(z_s, z_t, _at(self.normalisers, part), terms, temperature=tau)
@@ -267,7 +267,7 @@ class GradientSweep(LeafSweep):
         """What the labels add to the gradient of whole rows, for the Triton kernel; weights is upstream * factor."""
         if self.labels is None:
             return None
-        from tip_kernels.kernels.row_grad import Label
+        from tip_kernels.backends.triton.row_grad import Label
 
         push = torch.zeros_like(weights)
         for term in self.terms:
@@ -310,7 +310,7 @@ class GradientSweep(LeafSweep):
 
     def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: object) -> Tensor:
         """The same by the Triton kernel, which reads tiles or whole rows."""
-        from tip_kernels.kernels import row_grad as kernels
+        from tip_kernels.backends.triton import row_grad as kernels
 
         terms = [kernels.Term(term.weight, term.name, term.params, _at(term.rows, part)) for term in self.terms]
         tau = self.sweep.temperature

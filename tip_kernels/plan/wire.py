@@ -20,10 +20,10 @@ from types import SimpleNamespace
 
 import torch
 
-from tip_kernels.divergences import ReverseKL
-from tip_kernels.eager.online import Fold
-from tip_kernels.measure import tile_shape
-from tip_kernels.select import SoftOr, TopEntropy
+from tip_kernels.backends.eager.online import Fold
+from tip_kernels.learn.divergences import ReverseKL
+from tip_kernels.measure.sweep import tile_shape
+from tip_kernels.select.rule import SoftOr, TopEntropy
 
 PART = 8192  # columns of a part of a row on CUDA, where each part's state is sent: kernels/row_stats.py
 

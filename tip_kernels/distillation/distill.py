@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tip_kernels._batch import Batch
 from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows, is_int, row_temperature, workspace_bytes
-from tip_kernels.divergences import Divergence, ReverseKL
-from tip_kernels.head_gradients import GradFilter, gradient_of_its_own
-from tip_kernels.losses import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
-from tip_kernels.measure import LABEL_FIELDS, TOP_FIELDS, with_logits
-from tip_kernels.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
-from tip_kernels.select import KeepAll, Kept, Rule, SoftOr, spans_ranks
-from tip_kernels.sources import Head, HeadRows, pair_of
+from tip_kernels.distillation.batch import Batch
+from tip_kernels.distillation.one_sweep import Learned, Lesson, OneSweep, delivered, layout, stash_layout
+from tip_kernels.learn.divergence_loss import CrossEntropy, RowTask, check_listed, needed, row_loss, rows_of_stats
+from tip_kernels.learn.divergences import Divergence, ReverseKL
+from tip_kernels.learn.head_gradients import GradFilter, gradient_of_its_own
+from tip_kernels.measure.sweep import LABEL_FIELDS, TOP_FIELDS, with_logits
+from tip_kernels.select.rule import KeepAll, Kept, Rule, SoftOr, spans_ranks
+from tip_kernels.sources.rows import Head, HeadRows, pair_of
+from tip_kernels.sources.topk import TopK, TopKRows
 from tip_kernels.stats import TokenStats, check_labels
-from tip_kernels.topk import TopK, TopKRows
 
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
 

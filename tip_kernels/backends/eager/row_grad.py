@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tip_kernels.eager.online import FLOOR
+from tip_kernels.backends.eager.online import FLOOR
 
 Rows = Mapping[str, Tensor]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, flat_rows
-from tip_kernels.select import SoftOr
-from tip_kernels.select_papers import Teachability
-from tip_kernels.sources import Head, rows_of
+from tip_kernels.select.papers import Teachability
+from tip_kernels.select.rule import SoftOr
+from tip_kernels.sources.rows import Head, rows_of
 from tip_kernels.stats import TokenStats, token_stats
 
 _READS: dict[str, tuple[str, ...]] = {

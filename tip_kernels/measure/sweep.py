@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tip_kernels.backends import backend_for
-from tip_kernels.eager import online
-from tip_kernels.eager.online import Blend
-from tip_kernels.eager.toplist import TopList
-from tip_kernels.parallel import merging
-from tip_kernels.sources import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
-from tip_kernels.topk import (
+from tip_kernels.backends.choice import backend_for
+from tip_kernels.backends.eager import online
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.backends.eager.toplist import TopList
+from tip_kernels.distributed.collectives import merging
+from tip_kernels.sources.rows import HeadBlock, HeadRows, LogitBlock, LogitRows, Rows
+from tip_kernels.sources.topk import (
     PARTIAL_FIELDS,
     TopKRows,
     hide_columns,
@@ -63,7 +63,7 @@ def measure(
     source as they pass, fp32 (len(rows), V) at temperature 1, or None to let them go.
     """
     if torch.compiler.is_compiling() and not isinstance(teacher, TopKRows):
-        from tip_kernels import compiled
+        from tip_kernels.learn import ops as compiled
 
         return compiled.measured(student, teacher, want, rows, labels, temperature, top_k, workspace)
     n_rows = student.n_rows if rows is None else rows.numel()
@@ -195,7 +195,7 @@ class TritonEngine:
     """The fold of kernels/row_stats.py, on tiles that a library's GEMM made."""
 
     def __init__(self, columns: int, widest: int, n_models: int, margins: bool, device: torch.device) -> None:
-        from tip_kernels.kernels import row_stats
+        from tip_kernels.backends.triton import row_stats
 
         self.kernels, self.columns, self.widest, self.device = row_stats, max(columns, 1), max(widest, 1), device
         self.settings = {"teacher": n_models == 2, "margins": margins}
@@ -255,7 +255,7 @@ def _measure_logits(
     workspace: int,
 ) -> dict[str, Tensor]:
     """One kernel over logits in memory; chosen rows are gathered block by block."""
-    from tip_kernels.kernels.row_stats import row_stats
+    from tip_kernels.backends.triton.row_stats import row_stats
 
     margins, matrices = bool(want & MARGIN_FIELDS), [source.matrix for source in sources]
     if rows is None:
@@ -281,7 +281,7 @@ def _is_fused(sources: list[Rows], want: frozenset[str], n_rows: int) -> bool:
     """Whether one kernel takes the products and their fold: where it can, and where that pays."""
     if want & MARGIN_FIELDS or not all(isinstance(source, HeadRows) for source in sources):
         return False
-    from tip_kernels.kernels import linear_stats
+    from tip_kernels.backends.triton import linear_stats
 
     whole = all(source.hidden.dtype == source.weight.dtype == source.dtype for source in sources)  # no autocast
     fits = all(linear_stats.describable(x) for source in sources for x in (source.hidden, source.weight))
@@ -293,7 +293,7 @@ def _measure_hidden(
     sources: list[HeadRows], rows: Tensor | None, labels: Tensor | None, temperature: float | Tensor, workspace: int
 ) -> dict[str, Tensor]:
     """One kernel over hidden states and heads, in blocks of rows whose hidden states and sums fit the workspace."""
-    from tip_kernels.kernels.linear_stats import linear_part, linear_stats
+    from tip_kernels.backends.triton.linear_stats import linear_part, linear_stats
 
     n_rows, vocab = sources[0].n_rows if rows is None else rows.numel(), sources[0].vocab
     settings: dict[str, object] = {}
@@ -477,7 +477,7 @@ def tile_shape(
     # On a CPU a tile stays in the second-level cache; elsewhere it must be large enough to fill the device.
     rows, columns = (256, 1024) if sources[0].device.type == "cpu" else (2048, 8192)
     if whole_parts:
-        from tip_kernels.kernels.row_stats import PART as columns
+        from tip_kernels.backends.triton.row_stats import PART as columns
     rows, columns = min(rows, max(n_rows, 1)), min(columns, vocab)
 
     def size(rows: int, columns: int) -> int:

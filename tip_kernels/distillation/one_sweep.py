@@ -24,19 +24,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from tip_kernels._batch import Batch, Fields
 from tip_kernels._checks import is_int
-from tip_kernels.backends import backend_for
-from tip_kernels.divergences import Divergence
-from tip_kernels.eager.online import Blend
-from tip_kernels.head_gradients import GradFilter, HeadGradients
-from tip_kernels.losses import Once, RowTask, differentiated
-from tip_kernels.measure import columns_of, measure
-from tip_kernels.select import Kept, QuotaRule, Rule, spans_ranks
-from tip_kernels.sources import HeadRows, LogitRows, Rows
+from tip_kernels.backends.choice import backend_for
+from tip_kernels.backends.eager.online import Blend
+from tip_kernels.distillation.batch import Batch, Fields
+from tip_kernels.learn.divergence_loss import Once, RowTask, differentiated
+from tip_kernels.learn.divergences import Divergence
+from tip_kernels.learn.gradient_sweep import CrossEntropy
+from tip_kernels.learn.head_gradients import GradFilter, HeadGradients
+from tip_kernels.measure.sweep import columns_of, measure
+from tip_kernels.select.rule import Kept, QuotaRule, Rule, spans_ranks
+from tip_kernels.sources.rows import HeadRows, LogitRows, Rows
+from tip_kernels.sources.topk import TopKRows
 from tip_kernels.stats import TokenStats
-from tip_kernels.sweeps import CrossEntropy
-from tip_kernels.topk import TopKRows
 
 SLACK = 1.25  # rows stashed per row of the quota
 ROWS = {"cpu": (96, 256)}  # the fewest rows of a block that keep the products efficient, and the most that help

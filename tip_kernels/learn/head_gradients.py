@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import finite_number
-from tip_kernels.parallel import added_up
-from tip_kernels.sources import HeadRows
+from tip_kernels.distributed.collectives import added_up
+from tip_kernels.sources.rows import HeadRows
 
 
 def gradient_of_its_own(weight: Tensor) -> Tensor | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
-from tip_kernels._ranking import quantile
-from tip_kernels.select import QuotaRule, Rule, _check_statistic
+from tip_kernels.select.ranking import quantile
+from tip_kernels.select.rule import QuotaRule, Rule, _check_statistic
 
 
 @dataclass(frozen=True)

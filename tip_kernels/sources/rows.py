@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tip_kernels import parallel
 from tip_kernels._checks import FLOATS, expect, finite_number, is_int
-from tip_kernels.topk import TopK, TopKRows
+from tip_kernels.distributed import collectives as parallel
+from tip_kernels.sources.topk import TopK, TopKRows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
