@@ -54,8 +54,6 @@ NOT_YET = {
     "cycles of rooms",
     "arrows back up",
     "floors",
-    "rooms",
-    "flat modules",
     "the face",
     "files of divergence_loss",
     "switches of divergence_loss",

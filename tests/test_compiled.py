@@ -24,7 +24,7 @@ from tip_kernels.backends.triton.row_stats import fold_tile, new_state, row_stat
 from tip_kernels.backends.triton.row_sums import row_sums
 from tip_kernels.learn import gradient_sweep as sweeps
 from tip_kernels.learn.ops import SUMS
-from tip_kernels.measure.sweep import sweep as measuring
+from tip_kernels.measure import sweep as measuring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"

@@ -92,7 +92,11 @@ def test_name_that_does_not_exist_is_an_attribute_error_that_says_which(name):
         getattr(tip, name)
 
 
-@pytest.mark.parametrize("value", [tip.SoftOr(0.5), tip.JSD(0.3), tip.distill, tip.TokenStats], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [tip.SoftOr(0.5), tip.JSD(0.3), tip.distill, tip.TokenStats],
+    ids=["rule", "divergence", "function", "class"],
+)
 def test_public_objects_survive_pickling_into_a_process_that_has_loaded_nothing(value):
     script = f"import pickle; print(repr(pickle.loads({pickle.dumps(value)!r})))"
     shown = python("-c", script).stdout.strip()

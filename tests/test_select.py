@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import select as ref
-from tip_kernels.select.rule import rule as sel
+from tip_kernels.select import rule as sel
 from tip_kernels.stats import TokenStats
 
 INF, NAN = math.inf, math.nan

@@ -7,8 +7,6 @@ commands answer `--help` at once.
 from __future__ import annotations
 
 import importlib.util
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,20 +14,6 @@ if TYPE_CHECKING:
     from tip_kernels._public import __all__ as __all__
 
     __version__: str
-
-_FUNCTIONS = ("distill",)  # that are named as the submodule they are in
-
-
-class _Package(ModuleType):
-    """Importing a submodule puts it into its package under its own name, where a function may be meant to stand."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
 
 if not TYPE_CHECKING:  # a checker would take any name for one of the package's
 
@@ -41,7 +25,7 @@ if not TYPE_CHECKING:  # a checker would take any name for one of the package's
             return globals()[name]
         # `from tip_kernels import NAME` looks for an attribute before it looks for a submodule
         private = name.startswith("_") and name != "__all__"
-        if not private and (name in _FUNCTIONS or importlib.util.find_spec(f"{__name__}.{name}") is None):
+        if not private and importlib.util.find_spec(f"{__name__}.{name}") is None:
             from tip_kernels import _public
 
             globals().update({public: getattr(_public, public) for public in ("__all__", *_public.__all__)})

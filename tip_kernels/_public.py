@@ -1,8 +1,9 @@
 """Every public name of the package, which __init__.py loads when one of them is asked for."""
 
-from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
 from tip_kernels.backends.choice import backend
 from tip_kernels.distillation.distill import Distilled, Plan, distill
+from tip_kernels.distillation.importance import token_importance
+from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import (
     JSD,
     TVD,
@@ -19,8 +20,14 @@ from tip_kernels.learn.divergences import (
     ToDi,
 )
 from tip_kernels.learn.head_gradients import GradFilter
-from tip_kernels.distillation.importance import token_importance
-from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
+from tip_kernels.select.papers import (
+    CrossEntropyRatio,
+    EntropyGap,
+    GreedyAgreement,
+    PositionPrefix,
+    Teachability,
+)
 from tip_kernels.select.rule import (
     KeepAll,
     Kept,
@@ -36,16 +43,9 @@ from tip_kernels.select.rule import (
     TopMargin,
     quadrants,
 )
-from tip_kernels.select.papers import (
-    CrossEntropyRatio,
-    EntropyGap,
-    GreedyAgreement,
-    PositionPrefix,
-    Teachability,
-)
 from tip_kernels.sources.rows import Head
-from tip_kernels.stats import TokenStats, token_stats
 from tip_kernels.sources.topk import TopK
+from tip_kernels.stats import TokenStats, token_stats
 
 __all__ = [
     "JSD",
