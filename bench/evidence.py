@@ -142,7 +142,7 @@ class Run(Loop):
     def accuracy(self) -> float:
         """Of the likeliest completions of the held-out prompts, without the teacher."""
         indices = range(len(self.held_out))
-        return sum(self.judge(self.complete(self.held_out, temperature=0), indices)) / len(indices)
+        return sum(self.judge(self.complete(self.held_out), indices)) / len(indices)
 
     def choice(self, mask):
         if self.cell.rule in ADAKD:

@@ -225,7 +225,7 @@ def test_observed_rollouts_are_measured_and_kept_as_in_the_run():
     table = _observe(settings, {"prompts": 6}, None, "before", lambda line: None)
     pair = load_pair(PACKAGED / "teacher", PACKAGED / "student", CPU)
     loop = Loop(settings, pair, load_task("addition", None), CPU)
-    rollouts = loop.complete(loop.held_out[:4], 1.0, loop.generator("inspect"))
+    rollouts = loop.complete(loop.held_out[:4], loop.seed("inspect 0"))
     stats = tip.token_stats(*(response_head(side, rollouts) for side in (pair.student, pair.teacher)))
     rows, n = rollouts.mask.flatten(), int(rollouts.mask.sum())
     torch.testing.assert_close(table.statistics["kl_rev"][:n], stats.kl_rev[rows])

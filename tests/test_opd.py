@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import types
@@ -166,16 +167,147 @@ def test_rollout_masks_hold_the_end_token_and_nothing_after_it(pair):
     assert short.mask.sum() == 5 and not short.ended.any()
 
 
+BENT = {  # what a checkpoint's generation_config.json may hold, each of which changes what is drawn
+    "do_sample": True,
+    "temperature": 0.1,
+    "top_k": 2,
+    "top_p": 0.5,
+    "min_p": 0.2,
+    "repetition_penalty": 1.7,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 30,
+    "suppress_tokens": [3, 4, 5],
+    "begin_suppress_tokens": [6, 7],
+    "forced_eos_token_id": 9,
+    "sequence_bias": [[[11], 5.0]],
+}
+
+
+def with_generation_config(folder, **options):
+    """The packaged student with more in its generation_config.json."""
+    shutil.copytree(PACKAGED / "student", folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    return folder
+
+
+def test_a_checkpoints_generation_config_changes_nothing_that_is_drawn_and_stays_with_it(pair, tmp_path):
+    bent = load_pair(PACKAGED / "teacher", with_generation_config(tmp_path / "bent", **BENT), CPU)
+    prompts = ["864+394=", "5", "12+34="] * 9
+    for options in ({"temperature": 1.3, "seed": 3}, {"temperature": 0}):
+        there = complete(bent, bent.student, prompts, **options)
+        here = complete(pair, pair.student, prompts, **options)
+        assert torch.equal(there.tokens, here.tokens) and torch.equal(there.mask, here.mask)
+    bent.student.model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert {name: saved[name] for name in BENT} == BENT
+
+
+@pytest.mark.parametrize(
+    ("options", "among"),
+    [({}, [24]), ({"temperature": 1.0}, [24]), ({"top_k": 3}, [3]), ({"top_p": 0.9}, range(2, 24))],
+)
+def test_tokens_are_drawn_by_softmax_over_those_that_were_asked_for(pair, tmp_path, options, among):
+    bent = load_pair(PACKAGED / "teacher", with_generation_config(tmp_path / "bent", **BENT), CPU)
+    n, model, options = 20_000, bent.student.model, {"temperature": 4.0} | options
+    out = complete(bent, bent.student, ["86", "864+394="], max_new_tokens=1, rollouts_per_prompt=n, seed=1, **options)
+    for prompt, drawn in zip(["86", "864+394="], out.completions[:, 0].split(n), strict=True):
+        logits = model(input_ids=torch.tensor(pair.encode([prompt]))).logits[0, -1].double()
+        p, order = torch.softmax(logits / options["temperature"], -1).sort(descending=True)
+        count = min(int((p.cumsum(0) < options.get("top_p", 1.0)).sum()) + 1, options.get("top_k", 24), 24)
+        p = torch.where(torch.arange(24) < count, p, 0.0)
+        p /= p.sum()
+        seen = drawn.bincount(minlength=24)[order]
+        assert count in among and seen.sum() == n and not seen[count:].any()
+        assert ((seen - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 3).all()
+
+
+def test_sampling_leaves_the_random_state_and_the_models_modes_as_they_were(pair):
+    model = pair.student.model.train()
+    model.model.norm.eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    first, again = (complete(pair, pair.student, ["864+394="] * 8, temperature=1.0, seed=5) for _ in range(2))
+    assert torch.equal(first.tokens, again.tokens) and torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes and not first.tokens.is_inference()
+    assert not torch.equal(first.tokens, complete(pair, pair.student, ["864+394="] * 8, temperature=1.0, seed=6).tokens)
+
+
+def test_rollouts_of_a_prompt_stand_together_and_each_is_a_rollout_of_its_own(pair):
+    prompts = ["864+394=", "5+5="]
+    out = complete(pair, pair.student, prompts, temperature=2.0, seed=0, rollouts_per_prompt=3)
+    (one, two), _ = left_pad(pair.encode(prompts), pair.pad_id, CPU)
+    assert out.tokens[:, : out.prompt_width].tolist() == [one.tolist()] * 3 + [two.tolist()] * 3
+    assert len({tuple(row) for row in out.completions.tolist()}) == 6 and len(out.mask) == len(out.ended) == 6
+    row = Loop(Settings(batch=4, rollouts_per_prompt=3), pair, load_task("addition", 1), CPU).step()
+    assert row["rows"] > 12 * 20 and row["ended"] * 12 == pytest.approx(round(row["ended"] * 12))
+
+
+def renamed(kind):
+    """A stand-in for the next release: Llama under another name, with a forward that calls its cache `kv_store`."""
+    import transformers
+
+    old = []  # what this release calls it, as it hands it over
+
+    class NextConfig(transformers.LlamaConfig):
+        model_type = kind
+
+    class NextForCausalLM(transformers.LlamaForCausalLM):
+        config_class = NextConfig
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+            old[:] = [name for name, value in inputs.items() if isinstance(value, transformers.Cache)]
+            return {"kv_store" if name in old else name: value for name, value in inputs.items()}
+
+        def forward(
+            self,
+            input_ids=None,
+            attention_mask=None,
+            position_ids=None,
+            kv_store=None,
+            use_cache=None,
+            logits_to_keep=0,
+            return_dict=True,
+        ):
+            cache = {} if kv_store is None else {old[0]: kv_store}
+            out = super().forward(
+                input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **cache
+            )
+            return transformers.utils.ModelOutput(logits=out.logits, kv_store=kv_store)
+
+        def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+            assert isinstance(outputs.kv_store, transformers.Cache)
+            outputs = transformers.utils.ModelOutput(logits=outputs.logits, **{old[0]: outputs.kv_store})
+            return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+    transformers.AutoConfig.register(kind, NextConfig, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(NextConfig, NextForCausalLM, exist_ok=True)
+    return NextForCausalLM
+
+
+def test_the_main_job_runs_on_models_whose_cache_argument_has_another_name(tmp_path):
+    kind = renamed("next_llama")
+    for role in ("teacher", "student"):
+        shutil.copytree(PACKAGED / role, tmp_path / role)
+        config = json.loads((tmp_path / role / "config.json").read_text())
+        config |= {"model_type": "next_llama", "architectures": [kind.__name__]}
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+    models = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student"]
+    assert opd("--steps", 2, *models, *SMALL, "--output", tmp_path / "next") == 0
+    assert opd("--steps", 2, *SMALL, "--output", tmp_path / "now") == 0
+    assert without_seconds(log_of(tmp_path / "next")) == without_seconds(log_of(tmp_path / "now"))
+
+
 @pytest.mark.parametrize("kind", ["packaged", "gpt2"])  # relative and absolute positions
 def test_left_padding_changes_neither_what_is_sampled_nor_the_hidden_states(kind, tmp_path):
     folder = PACKAGED / "student" if kind == "packaged" else tiny(tmp_path, kind)
     pair = load_pair(PACKAGED / "teacher", folder, CPU)
-    prompts = ["864+394=", "5", "12+34="]
-    together = complete(pair, pair.student, prompts, max_new_tokens=20)
+    prompts, options = ["864+394=", "5", "12+34="], {"max_new_tokens": 20, "pad_id": pair.stop_ids[0]}  # no pad token
+    together = complete(pair, pair.student, prompts, **options)
     states = train.response_head(pair.student, together).hidden
     assert states.isfinite().all()
     for i, prompt in enumerate(prompts):
-        alone = complete(pair, pair.student, [prompt], max_new_tokens=20)
+        alone = complete(pair, pair.student, [prompt], **options)
         length = int(alone.mask.sum())
         assert torch.equal(together.completions[i, :length], alone.completions[0, :length])
         torch.testing.assert_close(states[i, :length], train.response_head(pair.student, alone).hidden[0, :length])
@@ -296,9 +428,8 @@ def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, di
     row = loop.step()
     ours = [weight.grad.clone() for weight in loop.weights]
     loop.counters.step = 0  # the same prompts and, the weights being where they were, the same rollouts
-    rollouts = loop.complete(
-        pair.encode(loop.task.draw(random.Random(loop._seed("prompts")), 2)), 1.0, loop.generator("rollouts")
-    )
+    prompts = pair.encode(loop.task.draw(random.Random(loop._seed("prompts")), 2))
+    rollouts = loop.complete(prompts, loop.seed("rollouts"))
     own = {
         side: getattr(pair, side).model(input_ids=rollouts.tokens, attention_mask=rollouts.attention).logits
         for side in ("student", "teacher")

@@ -8,7 +8,6 @@ else to its logits is found out on the call in which it does. Wrappers (PEFT, DD
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,13 +57,11 @@ def head_of(
     expect(
         isinstance(output, nn.Module), "model", f"a model with get_output_embeddings(), which {kind} has not", output
     )
-    if "use_cache" in inspect.signature(plain.forward).parameters:
-        inputs = {"use_cache": False} | inputs
     traced = bool(getattr(model, "find_unused_parameters", False))
     with _taken_out(output, kind, traced) as calls:
         trouble, logits = None, None
         try:
-            logits = getattr(model(**inputs), "logits", None)
+            logits = getattr(_without_cache(model, inputs), "logits", None)
         except (RuntimeError, IndexError, ValueError) as error:
             if not calls or isinstance(error, torch.OutOfMemoryError):
                 raise  # the backbone's own
@@ -81,6 +78,16 @@ def head_of(
     expect(hidden.dim() == 3, "model", f"a {kind} whose output layer reads (B, T, H)", hidden)
     hidden = _positions(hidden, logits_to_keep)
     return Head(hidden, layer.weight, layer.bias, scale=scale, softcap=softcap, vocab_size=vocab_size)
+
+
+def _without_cache(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """What the forward returns; it keeps no keys and values unless `inputs` say so, where it knows that wish."""
+    try:
+        return model(**({"use_cache": False} | inputs))
+    except TypeError as error:
+        if "use_cache" in inputs or "use_cache" not in str(error):
+            raise
+    return model(**inputs)
 
 
 def distill_batch(

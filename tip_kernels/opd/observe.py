@@ -20,10 +20,10 @@ def observe(loop: Loop, prompts: int, group: str | None, said: Callable[[int], N
     What is kept is what the loop's rule would keep of these rollouts, a batch of the run's size at a time.
     """
     settings, task, tokenizer = loop.settings, loop.task, loop.pair.tokenizer
-    generator, tables = loop.generator("inspect"), []
+    tables = []
     for first in range(0, prompts, settings.batch):
         encoded = loop.held_out[first : min(first + settings.batch, prompts)]
-        rollouts = loop.complete(encoded, settings.temperature, generator)
+        rollouts = loop.complete(encoded, loop.seed(f"inspect {first}"))
         student = response_head(loop.pair.student, rollouts)
         teacher = loop.teacher(rollouts)
         labels = torch.where(rollouts.mask, rollouts.completions, -100)

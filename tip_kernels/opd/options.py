@@ -64,6 +64,14 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return value
+
+
 def parser() -> Parser:
     """The options. Those that were not typed are absent from the result: --resume must tell them from defaults."""
     p = Parser(prog="tip-kernels opd", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -100,7 +108,10 @@ def parser() -> Parser:
     option(g, "--batch", whole(1), "prompts a step, of all processes together", "N")
     option(g, "--lr", positive, "learning rate of AdamW", "RATE")
     option(g, "--warmup", whole(0), "steps over which the learning rate rises to --lr", "N")
+    option(g, "--rollouts-per-prompt", whole(1), "completions of each prompt that a step learns from", "N")
     option(g, "--temperature", positive, "of the rollouts; 1 is on-policy", "T")
+    option(g, "--top-p", share, "draw each token among the likeliest that have this probability together", "P")
+    option(g, "--top-k", whole(0), "draw each token among the N likeliest; 0 is all", "N")
     option(g, "--max-new-tokens", whole(1), "longest completion; default: the task's (addition 48, else 256)", "N")
     option(g, "--seed", whole(0), "of prompts, rollouts and random rules", "N")
     option(g, "--device", str, "auto, cpu, cuda, cuda:1, mps", "DEVICE")

@@ -6,9 +6,8 @@ the backbone, whose hidden states we differentiate through, and the output head,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
 from tip_kernels.opd import UsageError, smollm2
+from tip_kernels.opd.rollout import sample
 from tip_kernels.sources.rows import rows_of
 from tip_kernels.sources.topk import TopK
 
@@ -29,6 +29,7 @@ class Side:
 
     model: nn.Module
     vocab_size: int | None = None
+    takes_positions: bool = True  # as position_ids; some models count for themselves
 
     @property
     def tokens(self) -> int:
@@ -37,8 +38,7 @@ class Side:
 
     def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> tip.Head:
         """The logits from place `first` on, unformed; tokens (B, T) are left-padded, attention (B, T) is 0 there."""
-        takes = inspect.signature(getattr(self.model, "module", self.model).forward).parameters  # inside DDP
-        positions = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if "position_ids" in takes else {}
+        positions = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if self.takes_positions else {}
         return head_of(
             self.model,
             input_ids=tokens,
@@ -168,15 +168,25 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:
-    """A model whose head is found to be readable on a few tokens."""
-    kind, takes = type(model).__name__, inspect.signature(model.forward).parameters
-    if "past_key_values" not in takes:
-        raise UsageError(f"argument --{name}: expected a decoder with a KV cache, got {kind}")
-    side = Side(model, vocab_size)
-    tokens = torch.arange(1, 7, device=model.device).remainder(side.tokens).reshape(2, 3)
+    """A model that is found, on a few tokens, to generate and to have a readable head."""
+    side, kind = Side(model, vocab_size), type(model).__name__
+    ids = [i % side.tokens for i in range(1, 7)]
     try:
-        with torch.no_grad():
-            side.head(tokens, torch.ones_like(tokens))
-    except (ValueError, TypeError, AttributeError) as reason:
+        rollouts = sample(model, [ids[:2], ids], max_new_tokens=2, stop_ids=(), pad_id=0, temperature=0)
+        return _counting(side, rollouts.tokens, rollouts.attention)
+    except Exception as error:  # whatever a forward can raise that is not a decoder's
+        reason = " ".join(str(error).split())[:400]
         raise UsageError(f"argument --{name}: expected a decoder-only transformer, got {kind}: {reason}") from None
+
+
+@torch.no_grad()
+def _counting(side: Side, tokens: Tensor, attention: Tensor) -> Side:
+    """The side as its forward takes positions."""
+    try:
+        side.head(tokens, attention)
+    except TypeError as error:
+        if "position_ids" not in str(error):
+            raise
+        side = replace(side, takes_positions=False)
+        side.head(tokens, attention)
     return side

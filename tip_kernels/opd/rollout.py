@@ -1,17 +1,19 @@
-"""Sample completions from a model with a KV cache.
+"""Sample completions by the model's own `generate`, and the masks that training needs.
 
-A loop of our own, not `generate`: it draws from a generator that is handed in, so a resumed run samples what an
-unbroken one would have, and it returns the masks that training needs.
+What is drawn depends on the weights, the prompts, the settings and the seed alone: `generate` draws from torch's global
+generators, so they are forked and seeded around it, and a resumed run samples what an unbroken one would have. A
+checkpoint's generation_config, which may cut or bend the distribution, is set aside meanwhile.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 @dataclass(frozen=True)
@@ -50,43 +52,73 @@ def sample(
     stop_ids: Sequence[int],
     pad_id: int,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    rollouts_per_prompt: int = 1,
+    seed: int | None = None,
     vocab_size: int | None = None,
 ) -> Rollouts:
     """Complete every prompt: by sampling at `temperature`, or by the likeliest token where `temperature` is 0.
 
-    `prompts` are B lists of token ids. A completion runs to the first of `stop_ids`, which belongs to it, or to
-    `max_new_tokens`. Only the first `vocab_size` tokens are drawn, where it is given. Synchronises once a token, to
-    stop when all have ended.
+    model                a transformers model that generates; it runs in eval mode and is left as it was
+    prompts              lists of token ids; B is their number times `rollouts_per_prompt`, those of a prompt together
+    max_new_tokens       the longest completion; one ends before at the first of `stop_ids`, which belongs to it
+    top_p, top_k         draw among the likeliest tokens alone: at most `top_k`, and as many as it takes to reach the
+                         probability `top_p`; 0 and 1 are all: the distribution is then softmax(logits / temperature)
+    seed                 the same one draws the same; torch's global generators are then as they were. None goes on with
+                         these as they are
+    vocab_size           only the first so many tokens are drawn
     """
     device = next(model.parameters()).device
     tokens, attention = left_pad(prompts, pad_id, device)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=device)
-    positions = (attention.cumsum(1) - 1).clamp_min(0)
-    takes = inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    step, cache, masks = tokens, None, []
-    for _ in range(max_new_tokens):
-        out = model(
-            input_ids=step,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-        )
-        cache, logits = out.past_key_values, out.logits[:, -1, :vocab_size].float()
-        if temperature == 0:
-            step = logits.argmax(-1, keepdim=True)
-        else:
-            step = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
-        step = torch.where(alive, step, pad_id)
-        masks.append(alive)
-        tokens = torch.cat([tokens, step], 1)
-        attention = torch.cat([attention, alive.long()], 1)
-        positions = positions[:, -1:] + 1
-        alive = alive & ~torch.isin(step, stops)
-        if not alive.any():
-            break
-    return Rollouts(tokens, attention, torch.cat(masks, 1), ~alive[:, 0])
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    config = GenerationConfig(
+        do_sample=bool(drawn),
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=rollouts_per_prompt,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **drawn,
+    )
+    processors = LogitsProcessorList([] if vocab_size is None else [_FirstTokens(vocab_size)])
+    with _unbiased(model), nullcontext() if seed is None else _seeded(seed, device):
+        tokens = model.generate(tokens, attention_mask=attention, generation_config=config, logits_processor=processors)
+    completions = tokens[:, attention.shape[1] :]
+    stops = torch.isin(completions, torch.tensor(list(stop_ids), dtype=torch.int64, device=device))
+    mask = stops.cumsum(1) - stops.long() == 0  # no stop before it
+    attention = attention.repeat_interleave(rollouts_per_prompt, 0)
+    return Rollouts(tokens, torch.cat([attention, mask.long()], 1), mask, stops.any(1))
+
+
+class _FirstTokens(LogitsProcessor):
+    """The first `count` logits are all there are."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores[:, : self.count]
+
+
+@contextmanager
+def _unbiased(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without generation settings of its own, such as a top_k or a repetition penalty."""
+    training, own = [module for module in model.modules() if module.training], model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's global generators start at `seed`, and the CPU's and a GPU's are afterwards as they were."""
+    forked = [] if device.type in ("cpu", "mps") else [device]  # fork_rng cannot fork mps
+    with torch.random.fork_rng(forked, device_type=device.type):
+        torch.manual_seed(seed)
+        yield

@@ -54,6 +54,9 @@ class Settings:
     device: str = "auto"
     threads: int | None = None  # None: one where both models are small, else as torch chose
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rollouts_per_prompt: int = 1
     max_new_tokens: int | None = None  # None: as the task says
     eval_prompts: int | None = None  # None: 512, or a fifth of a shorter list
     eval_every: int = 10

@@ -97,27 +97,34 @@ class Loop:
     def _seed(self, purpose: str) -> int:
         return random.Random(f"{self.settings.seed} {purpose} {self.counters.step}").getrandbits(63)
 
-    def generator(self, purpose: str) -> torch.Generator:
-        purpose = f"{purpose} {self.ranks.rank}" if self.ranks.rank else purpose
-        return torch.Generator(self.device).manual_seed(self._seed(purpose))
+    def seed(self, purpose: str) -> int:
+        """What this process draws from for a purpose of this step."""
+        return self._seed(f"{purpose} {self.ranks.rank}" if self.ranks.rank else purpose)
 
-    def complete(self, prompts: list[list[int]], temperature: float, generator=None) -> Rollouts:
+    def generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed(purpose))
+
+    def complete(self, prompts: list[list[int]], seed: int | None = None, each: int = 1) -> Rollouts:
+        """The student's completions: greedy ones, or with a seed `each` of every prompt as the settings draw them."""
+        settings = self.settings
+        drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         return sample(
             self.pair.student.model,
             prompts,
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.pair.stop_ids,
             pad_id=self.pair.pad_id,
-            temperature=temperature,
-            generator=generator,
             vocab_size=self.pair.student.vocab_size,
+            rollouts_per_prompt=each,
+            seed=seed,
+            **({"temperature": 0} if seed is None else drawn),
         )
 
     def rollouts(self) -> Rollouts:
         """The student's completions of this step's prompts."""
         drawn = self.task.draw(random.Random(self._seed("prompts")), self.settings.batch)
         prompts = self.pair.encode(drawn[self.ranks.rank :: self.ranks.count], self.settings.chat)
-        return self.complete(prompts, self.settings.temperature, self.generator("rollouts"))
+        return self.complete(prompts, self.seed("rollouts"), self.settings.rollouts_per_prompt)
 
     def distil(self, rollouts: Rollouts) -> tip.Distilled:
         """Both models over the rollouts, the choice of tokens, and the loss on them."""
@@ -207,7 +214,7 @@ class Loop:
         chunk = 4 * self.settings.batch
         for first in range(0, len(mine), chunk):
             indices = mine[first : first + chunk]
-            rollouts = self.complete([self.held_out[i] for i in indices], temperature=0)
+            rollouts = self.complete([self.held_out[i] for i in indices])
             heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
             student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
             stats = tip.token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
