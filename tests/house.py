@@ -6,7 +6,8 @@ Imports, read from the source (ast), of modules of the package by modules of the
 
     import   in a module's body, also in a class, a try or an if
     call     in a function, run when it is called: as much a dependency as the other
-    typing   under `if TYPE_CHECKING:`, for annotations alone: none at run time, so it makes no arrow; counted apart
+    typing   under `if TYPE_CHECKING:`, for annotations alone: none at run time, so it makes no arrow; counted apart,
+             as is what stands in the `else` of `if not TYPE_CHECKING:`
 
 `from tip_kernels import name` is an import of the module of that name, and of the package's face, `__init__`, where the
 face exports the name. A room is a folder of the package, or a module that stands flat in it. An arrow goes from a room
@@ -123,9 +124,10 @@ class House:
                 above = package[: len(package) - node.level + 1] if node.level else []
                 base = ".".join([*above, *([node.module] if node.module else [])])
                 yield from ((f"{base}.{alias.name}", when) for alias in node.names)
-            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                yield from (found for child in node.body for found in visit(child, "typing"))
-                yield from (found for child in node.orelse for found in visit(child, when))
+            elif isinstance(node, ast.If) and ast.unparse(node.test) in _FOR_CHECKERS:
+                of_checkers = _FOR_CHECKERS[ast.unparse(node.test)]
+                for children, checked in ((node.body, of_checkers), (node.orelse, not of_checkers)):
+                    yield from (found for child in children for found in visit(child, "typing" if checked else when))
             else:
                 inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and when == "import"
                 for child in ast.iter_child_nodes(node):
@@ -167,6 +169,11 @@ class House:
             return found[room]
 
         return {room: floor(room) for room in rooms}
+
+
+# Whether the body of an `if` on this is for type checkers alone; else its `else` is.
+_FOR_CHECKERS = {"TYPE_CHECKING": True, "typing.TYPE_CHECKING": True}
+_FOR_CHECKERS |= {f"not {name}": False for name in _FOR_CHECKERS}
 
 
 def _module(root: Path, path: Path) -> str:

@@ -6,12 +6,16 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import house
 import pytest
 
 import tip_kernels as tip
+from tip_kernels.compat import liger, trl
+from tip_kernels.hooks import transformers, verl
+from tip_kernels.inspect import save_statistics
 
 # Public names whose docstrings are still to be written in sections.
 NOT_YET_IN_SECTIONS = {
@@ -31,27 +35,6 @@ NOT_YET_IN_SECTIONS = {
     "distill",
     "divergence_loss",
     "token_stats",
-    "AdaptiveFocus",
-    "CrossEntropyRatio",
-    "EntropyGap",
-    "GreedyAgreement",
-    "Kept",
-    "Overconfident",
-    "PositionPrefix",
-    "RandomRows",
-    "SampleEntropy",
-    "SoftOr",
-    "Teachability",
-    "Threshold",
-    "TopDivergence",
-    "TopEntropy",
-    "TopHellinger",
-    "TopMargin",
-    "adakd",
-    "backend",
-    "difficulty_temperature",
-    "quadrants",
-    "token_importance",
 }
 
 
@@ -85,6 +68,8 @@ def test_imports_in_calls_are_arrows_and_those_for_annotations_are_none(tmp_path
                 from toy.room import inner
                 if TYPE_CHECKING:
                     from toy import b
+                if not TYPE_CHECKING:
+                    from toy.room import other
                 def late():
                     from . import c
                 """,
@@ -97,7 +82,7 @@ def test_imports_in_calls_are_arrows_and_those_for_annotations_are_none(tmp_path
     assert toy.arrows() == {("a", "room"), ("a", "c"), ("b", "c"), ("room", "c")}
     assert toy.arrows(["import"]) == toy.arrows() - {("a", "c")}
     assert toy.arrows(["typing"]) == {("a", "b")}
-    assert ("toy.room.inner", "toy.room.other") in toy.arrows(rooms=False)
+    assert {("toy.room.inner", "toy.room.other"), ("toy.a", "toy.room.other")} <= toy.arrows(rooms=False)
     assert toy.floors() == {"__init__": 1, "c": 1, "b": 2, "room": 2, "a": 3}
     assert not wrong_in(house.found_in(toy))
 
@@ -251,7 +236,7 @@ def test_an_excuse_holds_until_its_check_passes():
 def entries(docstring: str, section: str) -> set[str]:
     """The names that a section of a docstring in Google's style explains, each at the start of a line of its own."""
     found = re.search(rf"^{section}:\n((?:(?: .*)?\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
-    return set(re.findall(r"^    (\w+)(?: \([^)]*\))?: \S", found[1], re.MULTILINE)) if found else set()
+    return set(re.findall(r"^    \*{0,2}(\w+)(?: \([^)]*\))?: \S", found[1], re.MULTILINE)) if found else set()
 
 
 def test_sections_of_a_docstring_are_read():
@@ -261,25 +246,33 @@ def test_sections_of_a_docstring_are_read():
             a: One
                 b: of two lines.
             c (int): Another.
+            **d: The others.
 
         Returns:
-            d: Something.
+            e: Something.
         """
-    assert entries(docstring, "Args") == {"a", "c"}
-    assert entries(docstring, "Returns") == {"d"} and not entries(docstring, "Raises")
+    assert entries(docstring, "Args") == {"a", "c", "d"}
+    assert entries(docstring, "Returns") == {"e"} and not entries(docstring, "Raises")
 
 
-def undocumented(name: str) -> set[str]:
-    """Parameters of a public name that no section explains; of a result, which nobody makes, its fields."""
-    public = getattr(tip, name)
-    parameters = {p for p in inspect.signature(public).parameters if not p.startswith("_")}
-    documented = entries(public.__doc__ or "", "Args") | entries(public.__doc__ or "", "Attributes")
-    return parameters - {"args", "kwargs"} - documented
+PUBLIC = {name: getattr(tip, name) for name in tip.__all__}
+METHODS = [tip.Rule.__call__, tip.Rule.capacity, tip.Kept.slots, tip.AdaptiveFocus.update]
+METHODS += [tip.AdaptiveFocus.load_state_dict, liger.LigerFusedLinearJSD.forward, liger.LigerFusedLinearJSDLoss.forward]
+METHODS += [trl.ChunkedDivergenceFunction.apply]
+ELSEWHERE = [transformers.head_of, transformers.distill_batch, verl.select_rows, verl.register, save_statistics]
+ELSEWHERE += [liger.LigerFusedLinearJSD, liger.LigerFusedLinearJSDLoss, trl.generalized_jsd_loss]
+PUBLIC |= {f"{each.__module__}.{each.__qualname__}": each for each in METHODS + ELSEWHERE}
 
 
-@pytest.mark.parametrize("name", tip.__all__)
+def undocumented(public: Callable) -> set[str]:
+    """Parameters of a public callable that no section explains; of a result, which nobody makes, its fields."""
+    parameters = {p for p in inspect.signature(public).parameters if p != "self" and not p.startswith("_")}
+    return parameters - entries(public.__doc__ or "", "Args") - entries(public.__doc__ or "", "Attributes")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_argument_of_a_public_name_is_explained_in_a_section(name):
-    missing = undocumented(name)
+    missing = undocumented(PUBLIC[name])
     if name in NOT_YET_IN_SECTIONS:
         assert missing, f"{name} is documented: take it out of NOT_YET_IN_SECTIONS"
     else:

@@ -562,7 +562,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(Loop, "_learn", pressed)
     assert opd("--steps", 4, *SMALL, "--output", broken) == 130
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1] == f"tip-kernels opd: interrupted after step 3 of 4; --resume --output {broken} goes on"
+    assert lines[-1] == f"tip-kernels opd: interrupted after step 3 of 4; --resume --output {broken} continues"
     monkeypatch.undo()
     load_pair(PACKAGED / "teacher", broken / "checkpoint-000003", CPU)
     assert opd("--resume", "--quiet", "--output", broken) == 0

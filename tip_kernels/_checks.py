@@ -1,4 +1,4 @@
-"""What every public function says about a bad argument: its name, the form expected, and what came."""
+"""What every public function says about a bad argument: its name, the form expected, and what it got."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def row_temperature(
     if not isinstance(value, Tensor):
         return finite_number("temperature", value, positive=True)
     flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling():  # the compiled op looks when it runs
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():  # the compiled op checks when it runs
         checked = flat if rows is None else flat[rows]
         ok = bool((torch.isfinite(checked) & (checked > 0)).all())
         expect(ok, "temperature", "finite values above 0", value)

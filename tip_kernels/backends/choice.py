@@ -29,11 +29,15 @@ _requested: str | None = None  # a plain global, whose change torch.compile noti
 def backend(name: str) -> Iterator[None]:
     """Overrides, inside a with block and for all threads, the choice of backend by device.
 
-    name  "eager" or "triton". The environment variable TIP_KERNELS_BACKEND does the same for a whole process; the
-          context manager wins over it. A backward runs on its forward's backend, wherever it is called.
+    The environment variable TIP_KERNELS_BACKEND does the same for a whole process; the context manager wins over it.
+    A backward runs on its forward's backend, wherever it is called. An explicit request never falls back. Triton on a
+    CPU needs TRITON_INTERPRET=1 before the first import.
 
-    Raises ValueError for another name, and where the work starts if Triton cannot run there: an explicit request
-    never falls back. Triton on a CPU needs TRITON_INTERPRET=1 before the first import.
+    Args:
+        name: "eager", tiled torch, or "triton", the kernels.
+
+    Raises:
+        ValueError: For another name, and where the work starts if Triton cannot run there.
     """
     expect(name in NAMES, "backend", "'eager' or 'triton'", name)
     global _requested
@@ -45,7 +49,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_for(device: torch.device) -> str:
-    """The backend that work on this device takes now."""
+    """The name of the backend that work on this device takes now."""
     name = _requested or os.environ.get(ENVIRONMENT) or None
     expect(name in (None, *NAMES), ENVIRONMENT, "'eager' or 'triton'", name)
     if name is None:

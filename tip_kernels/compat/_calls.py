@@ -12,7 +12,7 @@ from tip_kernels._checks import expect, finite_number
 def head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> tip.Head:
-    """A Head. A weight that is sharded (a DTensor) is gathered, and taken in the hidden states' dtype."""
+    """A Head. A weight that is sharded (a DTensor) is gathered, and cast to the hidden states' dtype."""
     weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)

@@ -33,16 +33,16 @@ class LigerFusedLinearJSD(torch.nn.Module):
         loss = 1/n sum_i beta KL(t_i || m_i) + (1 - beta) KL(s_i || m_i),   m = beta t + (1 - beta) s
         beta = 0 is KL(t || s), beta = 1 is KL(s || t)
 
-    jsd_beta      in [0, 1]
-    ignore_index  rows whose label this is are left out, of every projection as well
-    temperature   above 0, divides both models' logits
-    accum_dtype   None or torch.float32: gradients are accumulated in fp32 whatever the weights' dtype
+    After Liger-Kernel's LigerFusedLinearJSD.
 
-    forward(student_input (BT, H), student_weight (V, H), teacher_input (BT, H'), teacher_weight (V, H'),
-    shift_labels=None (BT,) int64) returns a () fp32 loss. Shapes (B, T, H) with labels (B, T) do as well. Labels are
-    read only to be compared with ignore_index. Synchronises where they are on a GPU.
+    Args:
+        jsd_beta: In [0, 1].
+        ignore_index: Rows whose label this is are left out, of every projection as well.
+        temperature: Above 0, divides both models' logits.
+        accum_dtype: None or torch.float32: gradients are accumulated in fp32 whatever the weights' dtype.
 
-    Raises ValueError naming the argument. After Liger-Kernel's LigerFusedLinearJSD.
+    Raises:
+        ValueError: Naming the argument.
     """
 
     def __init__(
@@ -68,6 +68,21 @@ class LigerFusedLinearJSD(torch.nn.Module):
         teacher_weight: Tensor,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
+        """The loss. Synchronises where the labels are on a GPU.
+
+        Args:
+            student_input: (BT, H), or (B, T, H) with labels (B, T).
+            student_weight: (V, H).
+            teacher_input: (BT, H'), or (B, T, H').
+            teacher_weight: (V, H').
+            shift_labels: int64 (BT,) or (B, T), read only to be compared with ignore_index; None: every row counts.
+
+        Returns:
+            () fp32.
+
+        Raises:
+            ValueError: Naming the argument.
+        """
         student, teacher = head(student_input, student_weight), head(teacher_input, teacher_weight)
         mask = None if shift_labels is None else shift_labels != self.ignore_index
         mask, count = counted(mask, student_input.shape[:-1].numel())
@@ -87,18 +102,22 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
 
         loss = weight_hard_loss * 1/n sum_i CE(s_i, label_i)  +  weight_soft_loss * 1/n sum_i JSD_i
 
-    weight_hard_loss, weight_soft_loss  at least 0. The label loss is taken at temperature 1, the divergence at
-                                        `temperature`; there is no factor of temperature squared
-    beta, ignore_index, temperature     as in LigerFusedLinearJSD
-    compiled, chunk_size                how Liger does its work; the result does not depend on them: not read
-    return_soft_hard_loss               returns (loss, soft, hard), the last two without their weights and without
-                                        gradient, as Liger's are; costs a second measurement
+    The label loss is taken at temperature 1, the divergence at `temperature`; there is no factor of temperature
+    squared. After Liger-Kernel's chunked_loss.LigerFusedLinearJSDLoss.
 
-    forward(student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias=None,
-    teacher_bias=None): (N, H) or (B, T, H), (V, H), labels int64 (N,) or (B, T), biases (V,). Returns a () fp32 loss.
-    Synchronises where labels are on a GPU.
+    Args:
+        weight_hard_loss: At least 0, of the cross-entropy.
+        weight_soft_loss: At least 0, of the divergence.
+        beta: In [0, 1], as jsd_beta of LigerFusedLinearJSD.
+        ignore_index: Rows whose label this is are left out, of every projection as well.
+        temperature: Above 0, divides both models' logits.
+        compiled: How Liger does its work; the result does not depend on it: not read.
+        chunk_size: The same.
+        return_soft_hard_loss: Returns (loss, soft, hard), the last two without their weights and without gradient, as
+            Liger's are; costs a second measurement.
 
-    Raises ValueError naming the argument. After Liger-Kernel's chunked_loss.LigerFusedLinearJSDLoss.
+    Raises:
+        ValueError: Naming the argument.
     """
 
     def __init__(
@@ -133,6 +152,23 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss. Synchronises where the labels are on a GPU.
+
+        Args:
+            student_input: (N, H) or (B, T, H).
+            student_weight: (V, H).
+            teacher_input: (N, H') or (B, T, H').
+            teacher_weight: (V, H').
+            true_labels: int64 (N,) or (B, T), the token that each row predicts.
+            student_bias: (V,) or None.
+            teacher_bias: (V,) or None.
+
+        Returns:
+            () fp32, or three of them with return_soft_hard_loss.
+
+        Raises:
+            ValueError: Naming the argument.
+        """
         student = head(student_input, student_weight, student_bias)
         teacher = head(teacher_input, teacher_weight, teacher_bias)
         valid = true_labels != self.ignore_index

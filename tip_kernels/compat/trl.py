@@ -44,16 +44,32 @@ class ChunkedDivergenceFunction:
         teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The divergence and the student's entropy of every row, both (N,) fp32 in nats, without their (N, V) logits.
+        """The divergence and the student's entropy of every row, without their (N, V) logits.
 
-        student_hidden, teacher_hidden    (N, H) and (N, H')
-        student_weight, teacher_weight    (V, H) and (V, H'); student_bias, teacher_bias (V,) or None
-        beta                              in [0, 1], as above
-        temperature                       above 0, divides both models' logits after scale and softcap
-        ..._logit_scale, ..._softcapping  z = softcap tanh(scale z / softcap)
+            z = softcap tanh(scale (hidden @ weight.T + bias) / softcap) / temperature
 
-        The entropy has no gradient. A row whose divergence is infinite keeps it. Does not synchronise in the forward.
-        Raises ValueError naming the argument. After TRL's ChunkedDivergenceFunction.
+        Does not synchronise in the forward. After TRL's ChunkedDivergenceFunction.
+
+        Args:
+            student_hidden: (N, H).
+            student_weight: (V, H).
+            student_bias: (V,) or None.
+            teacher_hidden: (N, H').
+            teacher_weight: (V, H').
+            teacher_bias: (V,) or None.
+            beta: In [0, 1], as above.
+            temperature: Above 0, divides both models' logits after scale and softcap.
+            student_logit_scale: Above 0.
+            student_final_logit_softcapping: Above 0, or None.
+            teacher_logit_scale: Above 0.
+            teacher_final_logit_softcapping: Above 0, or None.
+
+        Returns:
+            The divergence, differentiable in the student, and the student's entropy, without a gradient; both (N,) fp32
+            in nats. A row whose divergence is infinite keeps it.
+
+        Raises:
+            ValueError: Naming the argument.
         """
         student = head(
             student_hidden, student_weight, student_bias, student_logit_scale, student_final_logit_softcapping
@@ -79,18 +95,24 @@ def generalized_jsd_loss(
 
         GKDTrainer.generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
-    student_logits, teacher_logits  (B, T, V) or (N, V), already shifted
-    labels                          int64 (B, T) or (N,); rows with -100 are left out. None: every row counts
-    beta, temperature               as above; the temperature divides both models' logits
-    reduction                       "batchmean": over the rows that count (without labels: over B), "sum", or "mean":
-                                    over rows times V, as torch.mean of the elements is
-    num_items_in_batch              what the sum is divided by, in place of `reduction`
+    A row whose divergence is infinite is left out of the sum with a warning. Synchronises where labels are on a GPU.
+    After TRL's GKDTrainer.generalized_jsd_loss.
 
-    Returns a () fp32 loss; TRL's comes in the logits' dtype. Nothing to count gives a 0 that is connected to the graph.
-    A row whose divergence is infinite is left out of the sum with a warning. reduction="none" is refused: its result
-    is the (N, V) matrix that this avoids. Synchronises where labels are on a GPU.
+    Args:
+        student_logits: (B, T, V) or (N, V), already shifted.
+        teacher_logits: The same shape.
+        labels: int64 (B, T) or (N,); rows with -100 are left out. None: every row counts.
+        beta: In [0, 1], as above.
+        temperature: Above 0, divides both models' logits.
+        reduction: "batchmean": over the rows that count (without labels: over B), "sum", or "mean": over rows times V,
+            as torch.mean of the elements is. "none" is refused: its result is the (N, V) matrix that this avoids.
+        num_items_in_batch: What the sum is divided by, in place of `reduction`.
 
-    Raises ValueError naming the argument. After TRL's GKDTrainer.generalized_jsd_loss.
+    Returns:
+        () fp32; TRL's comes in the logits' dtype. Nothing to count gives a 0 that is connected to the graph.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     known = reduction in ("batchmean", "sum", "mean")
     expect(known, "reduction", "'batchmean', 'sum' or 'mean' ('none' is a whole (N, V) matrix)", reduction)

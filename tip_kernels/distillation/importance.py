@@ -60,20 +60,25 @@ def token_importance(
     | teachability      | normalised kl_div times normalised teacher mass on the student's     | student, teacher |
     |                   | top_k tokens, in [0, 1]                                              |                  |
 
-    student, teacher  logits (N, V) or (B, T, V), or a Head; what the method does not read is ignored and may be None
-    labels            int64 (N,) or (B, T), -100 for none: the token that each row predicts (already shifted)
-    row_mask          bool (N,) or (B, T), True for rows that count: soft_or and teachability normalise over them
-    normalize         of soft_or: "rank" or, as in the paper, "minmax"; SoftOr tells the difference
-    top_k             of teachability, an int >= 1
-    workspace_mib     MiB that may be used beyond inputs and result
+    No gradient flows. Does not synchronise. Sources: entropy, reverse_kl and soft_or are TIP's (arXiv 2604.14084),
+    hellinger is AdaKD's difficulty (arXiv 2510.11615), teachability is TA-OPD's (arXiv 2605.26844).
 
-    Returns fp32 (N,) or (B, T), NaN where the row is masked, has a NaN, a +inf or nothing but -inf in it, or needs a
-    label and has none. (torch.topk takes a NaN for the largest: to choose rows, use the selection rules.) No gradient
-    flows. Does not synchronise.
+    Args:
+        student: Logits (N, V) or (B, T, V), or a Head; ignored, and may be None, where the method does not read it.
+        teacher: The same.
+        labels: int64 (N,) or (B, T), -100 for none: the token that each row predicts (already shifted).
+        method: One of the table's names.
+        row_mask: bool (N,) or (B, T), True for rows that count: soft_or and teachability normalise over them.
+        normalize: Of soft_or: "rank" or, as in the paper, "minmax"; SoftOr tells the difference.
+        top_k: Of teachability, an int of at least 1.
+        workspace_mib: MiB that may be used beyond inputs and result, at least 1.
 
-    Raises ValueError naming the argument, also for a source that the method reads and that is None. Sources: entropy,
-    reverse_kl and soft_or are TIP's (arXiv 2604.14084), hellinger is AdaKD's difficulty (arXiv 2510.11615),
-    teachability is TA-OPD's (arXiv 2605.26844).
+    Returns:
+        fp32 (N,) or (B, T), NaN where the row is masked, has a NaN, a +inf or nothing but -inf in it, or needs a label
+        and has none. (torch.topk takes a NaN for the largest: to choose rows, use the selection rules.)
+
+    Raises:
+        ValueError: Naming the argument, also for a source that the method reads and that is None.
     """
     expect(isinstance(method, str) and method in _READS, "method", f"one of {', '.join(_READS)}", method)
     reads, given = _READS[method], {"student": student, "teacher": teacher, "labels": labels}

@@ -37,7 +37,14 @@ DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` do
 
 
 def divergence_of(text: str) -> tip.Divergence:
-    """The divergence called "jsd", or with parameters "jsd:0.1". Raises ValueError where it is none."""
+    """The divergence called "jsd", or with parameters "jsd:0.1".
+
+    Args:
+        text: A name of DIVERGENCES, with a colon and as many numbers as it has parameters, or none of them.
+
+    Raises:
+        ValueError: For any other text.
+    """
     name, colon, listed = text.partition(":")
     if name not in DIVERGENCES:
         known = ", ".join(DIVERGENCES)
@@ -57,7 +64,14 @@ def divergence_of(text: str) -> tip.Divergence:
 
 
 def keep_of(value: str | float) -> float | int:
-    """How much is kept: 0.2 or "0.2" is a fraction of the tokens, 64 or "64" a number of them, "1.0" every token."""
+    """How much is kept: 0.2 or "0.2" is a fraction of the tokens, 64 or "64" a number of them, "1.0" every token.
+
+    Args:
+        value: A fraction in (0, 1], a whole number of at least 1, or either as text.
+
+    Raises:
+        ValueError: For any other value.
+    """
     given = value
     if isinstance(value, str):
         try:
@@ -71,7 +85,14 @@ def keep_of(value: str | float) -> float | int:
 
 
 def cut_of(value: str | float) -> float | tuple[str, float]:
-    """A threshold: a number in nats, as it is or as text, or "quantile:0.9" for a quantile of the batch."""
+    """A threshold: a number in nats, as it is or as text, or "quantile:0.9" for a quantile of the batch.
+
+    Args:
+        value: A finite number, its text, or "quantile:" with a number in [0, 1].
+
+    Raises:
+        ValueError: For any other value.
+    """
     name, colon, share = str(value).partition(":")
     try:
         number = float(share if colon else name)

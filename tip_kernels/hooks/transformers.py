@@ -36,17 +36,23 @@ def head_of(
 
         softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) = model(**inputs).logits
 
-    model           a transformers model with a linear output layer, perhaps wrapped by PEFT, DDP or accelerate. Mode,
-                    autocast, gradient checkpointing and tied embeddings are as they are found
-    vocab_size      use the first vocab_size tokens alone, where padding differs between models
-    logits_to_keep  positions of the Head: the last n (0 is all), a slice, or an int64 tensor (n,)
-    inputs          what model.forward takes (input_ids, attention_mask, position_ids, ...), without labels
+    Gradients flow through the Head to the whole model. Where autocast is active inside the model's forward alone, the
+    head's products are taken in its weight's dtype. Does not synchronise.
 
-    Returns a Head with hidden (B, T, H); row t predicts token t + 1. Gradients flow through it to the whole model.
-    Where autocast is active inside the model's forward alone, the head's products are taken in its weight's dtype.
-    Raises ValueError with the reason where the model's logits are not the formula's: several output layers, adapters on
-    it (unless disabled or merged), quantised or sharded weights of it, a learnable scale, tokens that are masked; and
-    for a model that is compiled as a whole. Does not synchronise.
+    Args:
+        model: A transformers model with a linear output layer, perhaps wrapped by PEFT, DDP or accelerate. Mode,
+            autocast, gradient checkpointing and tied embeddings are as they are found.
+        vocab_size: Use the first vocab_size tokens alone, where padding differs between models.
+        logits_to_keep: Positions of the Head: the last n (0 is all), a slice, or an int64 tensor (n,).
+        **inputs: What model.forward takes (input_ids, attention_mask, position_ids, ...), without labels.
+
+    Returns:
+        A Head with hidden (B, T, H); row t predicts token t + 1.
+
+    Raises:
+        ValueError: With the reason where the model's logits are not the formula's: several output layers, adapters on
+            it (unless disabled or merged), quantised or sharded weights of it, a learnable scale, tokens that are
+            masked; and for a model that is compiled as a whole.
     """
     expect(isinstance(model, nn.Module), "model", "a transformers causal language model", model)
     if inputs.get("labels") is not None:
@@ -101,18 +107,25 @@ def distill_batch(
 ) -> Distilled:
     """tip_kernels.distill on a batch as transformers' data collators make it; the loss of one forward of each model.
 
-    student             a model as head_of takes it
-    teacher             another one, run without gradients in the mode it is in; or a source of rows (B, T - 1)
-    batch               input_ids (B, T) and what else the models' forwards take; labels (B, T), -100 where nothing is
-                        learned, or completion_mask (B, T), 1 on the tokens to learn; with both, both must allow a token
-    vocab_size          slices both models' vocabularies, where their padding differs
-    num_items_in_batch  as Trainer.compute_loss gets it: the tokens with a label in all micro-batches of the step. The
-                        loss is then the mean over kept tokens times this batch's share of those tokens
-    options             of tip_kernels.distill: select, divergence, temperature, ...; its rows are (B, T - 1), row t
-                        predicting token t + 1; row_mask and labels are made here
+    A token is a row where it and the token before it are attended to: no row predicts from padding. Synchronises once
+    on a GPU, to leave masked rows out of every product.
 
-    A token is a row where it and the token before it are attended to: no row predicts from padding. Raises ValueError
-    naming the argument. Synchronises once on a GPU, to leave masked rows out of every product.
+    Args:
+        student: A model as head_of takes it.
+        teacher: Another one, run without gradients in the mode it is in; or a source of rows (B, T - 1).
+        batch: input_ids (B, T) and what else the models' forwards take; labels (B, T), -100 where nothing is learned,
+            or completion_mask (B, T), 1 on the tokens to learn; with both, both must allow a token.
+        vocab_size: Slices both models' vocabularies, where their padding differs.
+        num_items_in_batch: As Trainer.compute_loss gets it: the tokens with a label in all micro-batches of the step.
+            The loss is then the mean over kept tokens times this batch's share of those tokens.
+        **options: Of tip_kernels.distill: select, divergence, temperature, ...; its rows are (B, T - 1), row t
+            predicting token t + 1; row_mask and labels are made here.
+
+    Returns:
+        What tip_kernels.distill returns: loss, stats, kept and plan.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     mask, labels = _rows(batch)
     inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}

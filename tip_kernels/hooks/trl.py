@@ -50,10 +50,17 @@ def _setting(default: Any, text: str, **argparse_options: Any) -> Any:
 
 @dataclass
 class TIPDistillationConfig(DistillationConfig):
-    """DistillationConfig with what is kept and how it is weighed; every field has its help text.
+    """DistillationConfig with what is kept and how it is weighed.
 
     `temperature` and `beta` keep TRL's meaning. With tip_rule "all" and nothing else set, training is the stock
-    trainer's. Raises ValueError naming the field.
+    trainer's.
+
+    Args:
+        tip_*: Which tokens, how many and by what loss: every field has its help text, as of a command line.
+        **kwargs: DistillationConfig's own.
+
+    Raises:
+        ValueError: Naming the field.
     """
 
     tip_rule: str = _setting(
@@ -168,8 +175,8 @@ class TIPDistillationConfig(DistillationConfig):
 class TIPDistillationTrainer(DistillationTrainer):
     """DistillationTrainer with the loss on the tokens that `args.tip_rule` keeps.
 
-    Takes the stock trainer's arguments; `args` is a TIPDistillationConfig. Evaluation is over every token, so that runs
-    with different rules can be compared. Beside TRL's metrics, each averaged over the steps between two logs:
+    Evaluation is over every token, so that runs with different rules can be compared. Beside TRL's metrics, each
+    averaged over the steps between two logs:
 
         tip/kept_frac           kept tokens / trainable tokens, of all micro-batches and ranks
         tip/q1_frac ... q4_frac the quadrants' shares of the trainable tokens
@@ -178,7 +185,18 @@ class TIPDistillationTrainer(DistillationTrainer):
         tip/keep                AdaKD's share
 
     An optimizer step for which no token was kept changes nothing (under fp16, what the optimizer makes of zeros).
-    Subclasses may override `make_rule` to return any rule. Raises ValueError naming the argument.
+    Subclasses may override `make_rule` to return any rule.
+
+    Args:
+        model: The student, as DistillationTrainer takes it.
+        teacher_model: The teacher, likewise.
+        args: A TIPDistillationConfig; one of its defaults unless given.
+        *rest: The stock trainer's.
+        **named: The stock trainer's.
+
+    Raises:
+        ValueError: Naming the argument.
+        RuntimeError: With a TRL whose trainer works in another way.
     """
 
     _tag_names: list[str] = [*DistillationTrainer._tag_names, "tip"]  # noqa: RUF012  (TRL reads a list)

@@ -33,15 +33,21 @@ def select_rows(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The tokens of a batch to learn from, without gradients.
 
-    student_logits  (B, L, V) or (N, V), each row the logits that predict the response's token at its place
-    teacher_logits  the same shape, or a TopK of a serving engine
-    response_mask   (B, L) or (N,), bool or 0 and 1 as verl has it: trainable tokens
-    options         of tip_kernels.distill: select (SoftOr(0.5) unless given), divergence, rollout_ids, temperature, ...
+    Synchronises, where a GPU's number of rows is read. Method: TIP (arXiv 2604.14084).
 
-    Returns ids (S,) int64, ascending into the flattened b * L + l order, and info: () fp32 means over response tokens,
-    ready to be logged. tip/kept_frac is their share; tip/entropy, tip/kl_fwd, tip/kl_rev in nats; tip/q1_frac to
-    tip/q4_frac the shares of the quadrants; tip/divergence_kept the mean divergence of kept tokens. Raises ValueError
-    naming the argument. Synchronises, where a GPU's number of rows is read. Method: TIP (arXiv 2604.14084).
+    Args:
+        student_logits: (B, L, V) or (N, V), each row the logits that predict the response's token at its place.
+        teacher_logits: The same shape, or a TopK of a serving engine.
+        response_mask: (B, L) or (N,), bool or 0 and 1 as verl has it: trainable tokens.
+        **options: Of tip_kernels.distill: select (SoftOr(0.5) unless given), divergence, rollout_ids, temperature, ...
+
+    Returns:
+        ids (S,) int64, ascending into the flattened b * L + l order, and info: () fp32 means over response tokens,
+        ready to be logged. tip/kept_frac is their share; tip/entropy, tip/kl_fwd, tip/kl_rev in nats; tip/q1_frac to
+        tip/q4_frac the shares of the quadrants; tip/divergence_kept the mean divergence of kept tokens.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     expect(isinstance(response_mask, Tensor), "response_mask", "a tensor (B, L) or (N,)", response_mask)
     mask = response_mask.bool()
@@ -61,7 +67,14 @@ def _info(out: Distilled, mask: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """A distillation loss in verl's form; `register` makes and registers one."""
+    """A distillation loss in verl's form; `register` makes and registers one.
+
+    Args:
+        select: The rule; its quota is that of each response in the micro-batch.
+        divergence: The loss on a kept token.
+        normalizer: "kept" or "all", as `register` says.
+        workspace_mib: MiB that measuring and learning may each use beyond inputs and results.
+    """
 
     select: Rule
     divergence: Divergence
@@ -119,16 +132,26 @@ def register(
 ) -> SelectedTokens:
     """Adds a distillation loss to verl's registry, for `distillation.distillation_loss.loss_mode=NAME`.
 
-    select        SoftOr(0.5) unless given; its quota is that of each response in the micro-batch
-    divergence    ReverseKL() unless given, to the teacher's `topk` tokens and the rest as one; or, where a worker puts
-                  teacher_logits (nested (B, T, V)) in the batch, to all of its distribution
-    normalizer    "kept": a kept token's loss is scaled by response tokens / kept tokens of the micro-batch, so that
-                  verl's mean over tokens is one over kept tokens; needs loss_max_clamp=null, since verl clamps after
-                  it. "all": no scaling
-
     verl's registry is asked only after the logits are gone and its `compute_topk_loss` knows one loss; so that one is
-    wrapped to send this loss's logits here, and no other's. Refuses Megatron (a vocabulary in shards) and Ulysses
-    sequence parallelism (responses in shards). Raises ImportError without verl and ValueError for a name that is taken.
+    wrapped to send this loss's logits here, and no other's. The loss refuses Megatron (a vocabulary in shards) and
+    Ulysses sequence parallelism (responses in shards).
+
+    Args:
+        name: The name in verl's registry.
+        select: SoftOr(0.5) unless given; its quota is that of each response in the micro-batch.
+        divergence: ReverseKL() unless given, to the teacher's `topk` tokens and the remaining mass as one bucket; or,
+            where a worker puts teacher_logits (nested (B, T, V)) in the batch, to all of its distribution.
+        normalizer: "kept": a kept token's loss is scaled by response tokens / kept tokens of the micro-batch, so that
+            verl's mean over tokens is one over kept tokens; needs loss_max_clamp=null, since verl clamps after it.
+            "all": no scaling.
+        workspace_mib: MiB that measuring and learning may each use beyond inputs and results, at least 1.
+
+    Returns:
+        The loss that was registered.
+
+    Raises:
+        ImportError: Without verl.
+        ValueError: Naming the argument, and for a name that is taken.
     """
     select, divergence = select or SoftOr(0.5), divergence or ReverseKL()
     expect(isinstance(select, Rule), "select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)

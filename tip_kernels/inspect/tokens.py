@@ -213,18 +213,24 @@ def save_statistics(
 ) -> None:
     """Writes what a loop has measured of B rollouts to a file that `tip-kernels inspect` shows.
 
-    path        ends in .safetensors, or in .parquet (which needs pyarrow)
-    stats       TokenStats of a (B, T) batch, from token_stats or distill; every (N,) statistic in it is written
-    tokens      int64 (B, T): the token that each row predicts, as labels
-    tokenizer   with decode(ids) and convert_ids_to_tokens(ids), as transformers' have
-    row_mask    bool (B, T), True for the rollout's own tokens; only these are written. None: all
-    kept        what the rule returned, or None
-    student, teacher  the sources that were measured (Head, logits or TopK), for their likeliest tokens; None: left out
-    top_k       int of at least 1: how many of them
-    rollouts    B mappings with any of prompt (str), group (str), right (bool), ended (bool)
-    workspace_mib  MiB that the likeliest tokens may use
+    Copies to the CPU, so synchronises.
 
-    Raises ValueError naming the argument, UsageError without pyarrow. Copies to the CPU, so synchronises.
+    Args:
+        path: Ends in .safetensors, or in .parquet (which needs pyarrow).
+        stats: TokenStats of a (B, T) batch, from token_stats or distill; every (N,) statistic in it is written.
+        tokens: int64 (B, T): the token that each row predicts, as labels.
+        tokenizer: With decode(ids) and convert_ids_to_tokens(ids), as transformers' have.
+        row_mask: bool (B, T), True for the rollout's own tokens; only these are written. None: all.
+        kept: What the rule returned, or None.
+        student: The source that was measured (Head, logits or TopK), for its likeliest tokens; None: left out.
+        teacher: The same.
+        top_k: int of at least 1: how many of them.
+        rollouts: B mappings with any of prompt (str), group (str), right (bool), ended (bool).
+        workspace_mib: MiB that the likeliest tokens may use.
+
+    Raises:
+        ValueError: Naming the argument.
+        UsageError: Without pyarrow.
     """
     table_of(
         stats, tokens, tokenizer, row_mask=row_mask, kept=kept, student=student, teacher=teacher, top_k=top_k,

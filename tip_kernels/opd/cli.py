@@ -91,7 +91,7 @@ def check_teacher(settings: Settings) -> None:
 
 
 def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
-    """The settings, and on --resume the checkpoint to go on from; refuses an output folder that is taken."""
+    """The settings, and on --resume the checkpoint to continue from; refuses an output folder that is taken."""
     from tip_kernels.opd import checkpoint
 
     given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
@@ -170,7 +170,7 @@ def run_joined(options: dict, ranks: Ranks) -> int:
             loop.train(after_step)
     step, seconds = loop.counters.step, earlier + time.perf_counter() - began
     if interrupt.asked and step < settings.steps:
-        again = f"--resume --output {folder} goes on"
+        again = f"--resume --output {folder} continues"
         if ranks.writes:
             print(f"tip-kernels opd: interrupted after step {step} of {settings.steps}; {again}", file=sys.stderr)
         return 130
@@ -223,6 +223,7 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "tip-kernels opd: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr
+            "tip-kernels opd: interrupted; --resume continues from the last checkpoint, if there is one",
+            file=sys.stderr,
         )
         return 130

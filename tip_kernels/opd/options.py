@@ -89,7 +89,7 @@ def parser() -> Parser:
     option(g, "--student", str, text, "FOLDER")
     files = "a file of prompts (text: one a line; .jsonl: prompt and maybe answer)"
     option(g, "--task", str, f"addition, {files}, or reasoning_gym:NAME", "TASK")
-    text = "learn from the teacher's N likeliest tokens at each place, the rest as one, as a serving engine gives them"
+    text = "learn from the teacher's N likeliest tokens at each place, as engines list them, the others as one bucket"
     option(g, "--teacher-topk", whole(1), text, "N")
     g.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
 
@@ -122,7 +122,7 @@ def parser() -> Parser:
     g.add_argument("--timeout", type=positive, metavar="SECONDS", help=text)
     option(g, "--workspace-mib", positive, "memory that measuring and learning may use for logits", "MIB")
 
-    g = p.add_argument_group("looking")
+    g = p.add_argument_group("evaluation and output")
     option(g, "--eval-prompts", whole(1), "held-out prompts; default 512, or a fifth of a shorter list", "N")
     option(g, "--eval-every", whole(1), "steps between evaluations, each followed by a checkpoint", "N")
     g.add_argument("--output", metavar="FOLDER", help="where the run goes: log, checkpoint, student (default runs/opd)")

@@ -260,7 +260,7 @@ def response_head(side: Side, rollouts: Rollouts) -> tip.Head:
 class Sums(NamedTuple):
     """What a step adds up, over the tokens of the completions and over all processes; entropies and KLs in nats.
 
-    With a teacher of K tokens the KL is between what it lists and the rest as one: a lower bound.
+    With a teacher of K tokens the KL is between what it lists and the remaining mass as one bucket: a lower bound.
     """
 
     rows: float

@@ -3,7 +3,7 @@
 A unit is one product of N rows by a head, 2 N H V operations. S = keep N rows are learned from.
 
     two sweeps             measure all rows (1 + 1 units), project the kept ones again and make both gradients
-    one sweep              make the gradients while the logits are at hand
+    one sweep              make the gradients while the logits are in memory
     entropy rule           the teacher's head on kept rows only
     dense, TRL, Liger      learn from all rows; masked rows cost the same
     TRL twice              score all rows, then call again on the gathered ones
@@ -33,7 +33,7 @@ class Device:
 
     name: str
     flops: float  # a second, of large products
-    touch_s: float  # seconds to touch one fp32 entry of a tile at hand
+    touch_s: float  # seconds to touch one fp32 entry of a tile in memory
     fresh_s: float  # seconds to touch one entry of a matrix that was just allocated
     kind: str = "cuda"
 
@@ -85,7 +85,7 @@ def _least(run: object, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Touches:
-    """Entries touched per (row, token) pair: of tiles at hand, and of matrices just allocated."""
+    """Entries touched per (row, token) pair: of tiles in memory, and of matrices just allocated."""
 
     tile: float = 0.0
     fresh: float = 0.0

@@ -7,6 +7,8 @@ joins both into arguments of `distill`, with any divergence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 import torch.distributed
@@ -29,17 +31,22 @@ class AdaptiveFocus:
 
     for every loss, in this order. During the first `warmup` losses keep stays 1 and the anchor follows the average.
 
-    beta       in [0, 1): how much of the average stays
-    tolerance  in [0, 1): how far the average may drift before keep moves
-    step       in (0, 1): by how much keep moves
-    floor      in (0, 1]: the smallest keep; the released code has it, the paper does not
-    warmup     int >= 0: losses without a move, 5 % of the run in the paper
-    group      torch.distributed process group of the data-parallel ranks; None is all of them
+    Source: arXiv 2510.11615, Eqs. 4 to 7. There the released code compares the average after this loss's update, as
+    here, and also moves the anchor when keep stays at its floor or at 1.
 
-    keep  the ratio, a float to be given to a rule
+    Args:
+        beta: In [0, 1): how much of the average stays.
+        tolerance: In [0, 1): how far the average may drift before keep moves.
+        step: In (0, 1): by how much keep moves.
+        floor: In (0, 1]: the smallest keep; the released code has it, the paper does not.
+        warmup: int of at least 0: losses without a move, 5 % of the run in the paper.
+        group: torch.distributed process group of the data-parallel ranks; None is all of them.
 
-    Raises ValueError naming the argument. Source: arXiv 2510.11615, Eqs. 4 to 7. There the released code compares the
-    average after this loss's update, as here, and also moves the anchor when keep stays at its floor or at 1.
+    Attributes:
+        keep: The ratio, a float in [floor, 1] to be given to a rule.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     def __init__(
@@ -69,12 +76,19 @@ class AdaptiveFocus:
     def update(self, loss: float | Tensor) -> float:
         """Takes in the loss of one optimizer step and returns the new keep.
 
-        loss  the mean loss of the step, a float or a tensor of one element, in any unit
-
         Call it once per optimizer step. Under gradient accumulation give it the mean over the micro-batches; under data
         parallelism every rank calls it with its own loss and all get the same keep, from the mean over the ranks.
         A loss that is not finite (on any rank) leaves everything as it was. Skip the steps in which nothing was kept:
         their loss is 0. Reads a tensor's value: synchronises.
+
+        Args:
+            loss: The mean loss of the step, a float or a tensor of one element, in any unit.
+
+        Returns:
+            The new keep.
+
+        Raises:
+            ValueError: For anything but a number or a tensor of one element.
         """
         loss = self._mean_over_ranks(_as_float(loss))
         if not math.isfinite(loss):
@@ -100,7 +114,14 @@ class AdaptiveFocus:
         return {"keep": self.keep, "average": self._average, "anchor": self._anchor, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Continues from a state_dict. Raises ValueError where it is not one."""
+        """Continues from a state_dict.
+
+        Args:
+            state: What state_dict returned.
+
+        Raises:
+            ValueError: For anything else.
+        """
         names = ("keep", "average", "anchor", "seen")
         ok = isinstance(state, dict) and set(state) == set(names)
         expect(ok, "state", f"a dict of {', '.join(names)}, as state_dict returns it", state)
@@ -137,21 +158,24 @@ def difficulty_temperature(
         tau = base exp(-strength (h - m) / (h + m)) = base exp(-strength tanh(ln(s / median s)))
 
     with h = hellinger_sq, s = sqrt(h) and m = (median s)^2, so that tau lies in base e^(+-strength) and the median row
-    gets base. Where h and m are both 0, and in rows that are masked or NaN, tau is base.
+    gets base. Where h and m are both 0, and in rows that are masked or NaN, tau is base. The median of an even number
+    of rows is the lower one. To be used on both models' logits, with the loss times tau^2: `adakd` sets both. Does not
+    synchronise. Source: arXiv 2510.11615, Eqs. 9 and 10.
 
-    stats        TokenStats with hellinger_sq, measured at temperature 1
-    row_mask     bool (N,) or (B, T), True for rows that count; None: all do
-    strength     a finite float; the paper's c, best at 0.5. Below 0 hard rows get the high temperatures
-    base         a positive float, the temperature of the median row
-    scope        where the median is taken: "batch" (the paper) or "rollout"
-    rollout_ids  int64 (N,) or (B, T), the rollout of each row; without them a (B, T) batch holds B rollouts
-    kept         what a rule returned: the median is then over its kept rows (the released code), not all that count
+    Args:
+        stats: TokenStats with hellinger_sq, measured at temperature 1.
+        row_mask: bool (N,) or (B, T), True for rows that count; None: all do.
+        strength: A finite float; the paper's c, best at 0.5. Below 0 hard rows get the high temperatures.
+        base: A positive float, the temperature of the median row.
+        scope: Where the median is taken: "batch" (the paper) or "rollout".
+        rollout_ids: int64 (N,) or (B, T), the rollout of each row; without them a (B, T) batch holds B rollouts.
+        kept: What a rule returned: the median is then over its kept rows (the released code), not all that count.
 
-    Returns (N,) fp32, detached: the released code lets a gradient through, the paper does not. The median of an even
-    number of rows is the lower one. To be used on both models' logits, with the loss times tau^2: `adakd` sets both.
-    Does not synchronise.
+    Returns:
+        (N,) fp32, detached: the released code lets a gradient through, the paper does not.
 
-    Raises ValueError naming the argument. Source: arXiv 2510.11615, Eqs. 9 and 10.
+    Raises:
+        ValueError: Naming the argument.
     """
     strength, base = finite_number("strength", strength), finite_number("base", base, positive=True)
     expect(scope in ("batch", "rollout"), "scope", "'batch' or 'rollout'", scope)
@@ -172,6 +196,17 @@ def difficulty_temperature(
     return base * torch.exp(-strength * hardness)
 
 
+class AdaKDArguments(TypedDict):
+    """The arguments of `distill` that `adakd` returns."""
+
+    select: TopHellinger
+    temperature: Callable[[TokenStats], Tensor]
+    temperature_sq: bool
+    normalizer: str
+    row_mask: Tensor | None
+    rollout_ids: Tensor | None
+
+
 def adakd(
     focus: AdaptiveFocus | float = 1.0,
     *,
@@ -182,21 +217,12 @@ def adakd(
     scope: str = "rollout",
     median_scope: str = "batch",
     median_of: str = "valid",
-) -> dict[str, object]:
+) -> AdaKDArguments:
     """The arguments with which `distill` learns as AdaKD does, for any divergence.
 
         loss = 1/|S| sum_S tau_i^2 D(teacher_i at tau_i, student_i at tau_i)    S: the rows of largest hellinger_sq
 
-    focus         an AdaptiveFocus, or a fraction in (0, 1] that stays; 1.0 keeps all rows (temperatures only)
-    row_mask      bool (N,) or (B, T), True for trainable tokens; given here because the median is over them, too
-    rollout_ids   int64 (N,) or (B, T), the rollout of each row; likewise
-    strength      of the temperatures; 0 leaves them at base (focus only)
-    base          the temperature of the median row
-    scope         what keep is a fraction of: each "rollout" (the paper) or the "batch" (the released code)
-    median_scope  "batch" (the paper) or "rollout"
-    median_of     "valid": over all trainable rows (the paper), "kept": over the kept ones (the released code)
-
-    Returns a dict of row_mask, rollout_ids, select, temperature, temperature_sq and normalizer. A training loop:
+    A training loop:
 
         focus = AdaptiveFocus(warmup=100)
         for batch in batches:
@@ -205,7 +231,23 @@ def adakd(
             optimizer.step()
             focus.update(out.loss)                           # once per optimizer step, with its mean loss
 
-    Raises ValueError naming the argument. Source: arXiv 2510.11615.
+    Source: arXiv 2510.11615.
+
+    Args:
+        focus: An AdaptiveFocus, or a fraction in (0, 1] that stays; 1.0 keeps all rows (temperatures only).
+        row_mask: bool (N,) or (B, T), True for trainable tokens; given here because the median is over them, too.
+        rollout_ids: int64 (N,) or (B, T), the rollout of each row; likewise.
+        strength: A finite float: of the temperatures; 0 leaves them at base (focus only).
+        base: A positive float, the temperature of the median row.
+        scope: What keep is a fraction of: each "rollout" (the paper) or the "batch" (the released code).
+        median_scope: "batch" (the paper) or "rollout".
+        median_of: "valid": over all trainable rows (the paper), "kept": over the kept ones (the released code).
+
+    Returns:
+        A dict of select, temperature, temperature_sq, normalizer, row_mask and rollout_ids: `distill(..., **adakd())`.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     keep = focus.keep if isinstance(focus, AdaptiveFocus) else focus
     ok = isinstance(keep, float) and 0 < keep <= 1

@@ -19,9 +19,17 @@ from tip_kernels.select.rule import QuotaRule, Rule, _check_statistic
 class EntropyGap(QuotaRule):
     """Keeps the rows where the student is more uncertain than the teacher: score = entropy_s - entropy_t, in nats.
 
-    weighted  adds row_weights sigmoid(score); with keep=1.0 this is the paper's own weighting of all rows
+    Source: TSD-KD (arXiv 2603.13260), which weights, and selects nothing by it.
 
-    The other arguments are QuotaRule's. Source: TSD-KD (arXiv 2603.13260), which weights, and selects nothing by it.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        weighted: Adds row_weights sigmoid(score); with keep=1.0 this is the paper's own weighting of all rows.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     needs = frozenset({"entropy_s", "entropy_t"})
@@ -44,11 +52,18 @@ class CrossEntropyRatio(QuotaRule):
 
         CE = -logp of the label, in nats
 
-    A row without a label is not in the population. Where both CE are +inf the score is 1.
+    A row without a label is not in the population. Where both CE are +inf the score is 1. Source: the `ce_ratio` of
+    SE-KD (arXiv 2602.01395) and its code.
 
-    epsilon  a positive float, in nats
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        epsilon: A positive float, in nats.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
 
-    The other arguments are QuotaRule's. Source: the `ce_ratio` of SE-KD (arXiv 2602.01395) and its code.
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     needs = frozenset({"logp_s", "logp_t"})
@@ -71,11 +86,19 @@ class Teachability(QuotaRule):
         to [0, 1]: (x - q05) / (q95 - q05), clipped, with the 0.05 and 0.95 quantiles over the finite values of the
         batch's population; +inf is 1 and a range of zero gives 0
 
-    keep   5 % unless given, as the paper recommends
-    top_k  an int >= 1; statistics must be measured with this very top_k
-    by     name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default
+    Source: TA-OPD (arXiv 2605.26844).
 
-    The other arguments are QuotaRule's. Source: TA-OPD (arXiv 2605.26844).
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget. 5 %
+            unless given, as the paper recommends.
+        top_k: An int of at least 1; statistics must be measured with this very top_k.
+        by: Name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     keep: float | int = 0.05
@@ -106,13 +129,17 @@ class GreedyAgreement(Rule):
 
         score = 1 if rank_t_of_argmax_s < top_k, else 0
 
-    top_k         an int >= 1; statistics may be measured with a larger one
-    agreeing      False keeps the other rows instead: those where the student's first choice is none of the teacher's
-    other_weight  None drops the rows that were not chosen. A number in (0, 1) keeps them, with this as their weight
-                  beside row_weights of 1, as the paper does with 0.01; it divides by the number of all rows: in
-                  `distill` that is normalizer="all"
+    Source: the greedy top-k form of SelecTKD (arXiv 2510.24021).
 
-    Source: the greedy top-k form of SelecTKD (arXiv 2510.24021). Raises ValueError naming the argument.
+    Args:
+        top_k: An int of at least 1; statistics may be measured with a larger one.
+        agreeing: False keeps the other rows instead: those where the student's first choice is none of the teacher's.
+        other_weight: None drops the rows that were not chosen. A number in (0, 1) keeps them, with this as their weight
+            beside row_weights of 1, as the paper does with 0.01; it divides by the number of all rows: in `distill`
+            that is normalizer="all".
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     # The mass is NaN on a broken row, where the rank, an int, cannot be.
@@ -147,11 +174,17 @@ class GreedyAgreement(Rule):
 class PositionPrefix(QuotaRule):
     """Keeps the first rows of every rollout: every score is 0, and a tie goes to the earlier token.
 
-    keep  an int: that many rows of each rollout (the paper's training length, which it lets grow by 256); a fraction of
-          its unmasked rows
+    It reads no statistic, so NaN rows may be kept. Source: Fast OPD (arXiv 2602.15260).
 
-    The other arguments are QuotaRule's. It reads no statistic, so NaN rows may be kept. Source: Fast OPD
-    (arXiv 2602.15260).
+    Args:
+        keep: An int: that many rows of each rollout (the paper's training length, which it lets grow by 256); or a
+            fraction of its unmasked rows, a float in (0, 1].
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     def _scores(self, values, population):

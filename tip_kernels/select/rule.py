@@ -46,8 +46,11 @@ _HOW_TO_MEASURE = {
 class Kept:
     """The rows that a rule chose.
 
-    mask      (N,) bool, on the device of the statistics
-    scores    (N,) fp32, what the rule ranked by; -inf for rows outside its population
+    Attributes:
+        mask: (N,) bool, on the device of the statistics; rows in the order b*T + t.
+        scores: (N,) fp32, what the rule ranked by, larger is kept; -inf for rows outside its population.
+        row_ids: (S,) int64, the kept rows, ascending. The first read synchronises.
+        row_weights: (S,) fp32, one weight per entry of row_ids, or None. Reads row_ids.
     """
 
     mask: Tensor
@@ -67,9 +70,15 @@ class Kept:
     def slots(self, capacity: int) -> tuple[Tensor, Tensor]:
         """row_ids in a length that the host knows: kept rows ascending, then spare ones. Never synchronises.
 
-        capacity  int in [0, N], at least the number of kept rows (`rule.capacity` bounds it), else the last are lost
+        Args:
+            capacity: int in [0, N], at least the number of kept rows (`rule.capacity` bounds it), else the last are
+                lost.
 
-        Returns ids (capacity,) int64 and valid (capacity,) bool, False for a spare row.
+        Returns:
+            ids (capacity,) int64, and valid (capacity,) bool, False for a spare row.
+
+        Raises:
+            ValueError: Naming the argument, for any other capacity.
         """
         n_rows = self.mask.numel()
         expect(is_int(capacity) and 0 <= capacity <= n_rows, "capacity", "an int in [0, {}]", capacity, n_rows)
@@ -81,7 +90,8 @@ class Kept:
 class Rule:
     """A selection rule: `kept = rule(stats, row_mask=None, rollout_ids=None)`. Subclasses say what they read and score.
 
-    needs  frozenset of the TokenStats fields that the rule reads
+    Attributes:
+        needs: frozenset of the TokenStats fields that the rule reads.
     """
 
     needs = frozenset()
@@ -89,12 +99,17 @@ class Rule:
     def __call__(self, stats: TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None) -> Kept:
         """Chooses rows, on the device and without synchronising.
 
-        stats        TokenStats with every field in `needs`, (N,) each
-        row_mask     bool (N,) or (B, T), True for trainable tokens; others are not in the population. None: all are
-        rollout_ids  int64 (N,) or (B, T), any values, in any order: the rollout of each row, for scope "rollout".
-                     None: (B, T) statistics hold B rollouts, (N,) statistics one
+        Args:
+            stats: TokenStats with every field in `needs`, (N,) each.
+            row_mask: bool (N,) or (B, T), True for trainable tokens; others are not in the population. None: all are.
+            rollout_ids: int64 (N,) or (B, T), any values, in any order: the rollout of each row, for scope "rollout".
+                None: (B, T) statistics hold B rollouts, (N,) statistics one.
 
-        Raises ValueError for a needed field that is None, and for a wrong shape, dtype or device.
+        Returns:
+            The rows chosen, as a Kept.
+
+        Raises:
+            ValueError: For a needed field that is None, and for a wrong shape, dtype or device.
         """
         with torch.no_grad():  # as a decorator of a method it would be beyond torch.compile
             return self._kept(stats, row_mask, rollout_ids)
@@ -118,14 +133,15 @@ class Rule:
     def _of_all_ranks(
         self, values: dict[str, Tensor], population: Tensor, group: Tensor, named: bool
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, slice]:
-        """values, population and group of the rows that the rule looks at, and which of them are those it was given."""
+        """values, population and group of the rows that the rule ranks, and which of them are those it was given."""
         return values, population, group, slice(None)
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
-        """An upper bound of the number of kept rows that needs no look at the data.
+        """An upper bound of the number of kept rows, from sizes alone.
 
-        n_rows    N
-        n_groups  the number of scope groups (rollouts, unless scope is "batch"); None if unknown
+        Args:
+            n_rows: N.
+            n_groups: The number of scope groups (rollouts, unless scope is "batch"); None if unknown.
         """
         return n_rows
 
@@ -160,9 +176,14 @@ class KeepAll(Rule):
 class Threshold(Rule):
     """Keeps the rows with above < x < below, both strict, x = stats[by]. It has no quota, and may keep nothing (R31).
 
-    by            name of a TokenStats statistic; x is also the score
-    above, below  a finite float in the unit of `by`, or ("quantile", q) over the population of the batch, q in [0, 1];
-                  None is no bound
+    Args:
+        by: Name of a TokenStats statistic; x is also the score.
+        above: A finite float in the unit of `by`, or ("quantile", q) over the population of the batch, q in [0, 1];
+            None is no bound.
+        below: The same.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     by: str = "kl_rev"
@@ -192,19 +213,21 @@ class Threshold(Rule):
 class QuotaRule(Rule):
     """A rule that keeps the best rows of every scope group, up to a quota (R23); a tie goes to the earlier token.
 
-    keep      a float in (0, 1], the fraction kept of each group's population, or an int >= 1, its row budget (so 1.0 is
-              every row and 1 is one row)
-    scope     what the quota is filled in: "rollout", "batch" or "global", all ranks of `group`: there with rollout_ids
-              each rollout has its quota, whose rows may lie on several ranks (context parallel), without them there is
-              one. Normalisation is over the batch, with "global" over all ranks'
-    min_rows  int >= 0, the least quota of a group that has that many rows; 0 is the paper's floor
-    group     torch.distributed process group whose ranks have rows of their own, for "global"; None is all ranks
+    Scope "global" chooses what one process would with the rows of all ranks, one rank's after the other's: a tie goes
+    to the earlier rank, random rules draw from the first rank's generator. Every rank of the group makes the same
+    calls, however many rows it has. It gathers what the rule reads, and synchronises once (distill: twice).
 
-    "global" chooses what one process would with the rows of all ranks, one rank's after the other's: a tie goes to the
-    earlier rank, random rules draw from the first rank's generator. Every rank of the group makes the same calls,
-    however many rows it has. It gathers what the rule reads, and synchronises once (distill: twice).
+    Args:
+        keep: A float in (0, 1], the fraction kept of each group's population, or an int of at least 1, its row budget
+            (so 1.0 is every row and 1 is one row).
+        scope: What the quota is filled in: "rollout", "batch" or "global", all ranks of `group`: there with
+            rollout_ids each rollout has its quota, whose rows may lie on several ranks (context parallel), without
+            them there is one. Normalisation is over the batch, with "global" over all ranks'.
+        min_rows: int of at least 0, the least quota of a group that has that many rows; 0 is the paper's floor.
+        group: torch.distributed process group whose ranks have rows of their own, for "global"; None is all ranks.
 
-    Raises ValueError, naming the argument, for any other value.
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     keep: float | int
@@ -263,7 +286,7 @@ class QuotaRule(Rule):
 
 
 def spans_ranks(rule: Rule | None) -> bool:
-    """Whether the rule looks at the rows of other ranks, too."""
+    """Whether the rule ranks the rows of other ranks, too."""
     return isinstance(rule, QuotaRule) and rule.scope == "global"
 
 
@@ -271,9 +294,17 @@ def spans_ranks(rule: Rule | None) -> bool:
 class TopDivergence(QuotaRule):
     """Keeps the rows with the largest stats[by]: score = kl_rev = KL(student || teacher) by default, in nats.
 
-    by  name of any TokenStats statistic, for instance "kl_fwd" = KL(teacher || student)
+    Source: the divergence-only rule of TIP (arXiv 2604.14084); R30.
 
-    The other arguments are QuotaRule's. Source: the divergence-only rule of TIP (arXiv 2604.14084); R30.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        by: Name of any TokenStats statistic, for instance "kl_fwd" = KL(teacher || student).
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     by: str = "kl_rev"
@@ -291,9 +322,17 @@ class TopDivergence(QuotaRule):
 class TopMargin(TopDivergence):
     """Keeps the rows with the largest margin: score = top-1 minus top-2 logit, of the teacher by default.
 
-    by  "margin_t" or "margin_s"; measured with margins=True
+    Source: known in practice as `logit_diff`; R30.
 
-    The other arguments are QuotaRule's. Source: known in practice as `logit_diff`; R30.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        by: "margin_t" or "margin_s"; measured with margins=True.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     by: str = "margin_t"
@@ -307,7 +346,16 @@ class TopMargin(TopDivergence):
 class TopEntropy(QuotaRule):
     """Keeps the rows with the largest student entropy: score = entropy_s, in nats.
 
-    Its arguments are QuotaRule's. Source: TIP's entropy axis (arXiv 2604.14084), there sampled: see SampleEntropy; R30.
+    Source: TIP's entropy axis (arXiv 2604.14084), there sampled: see SampleEntropy; R30.
+
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     needs = frozenset({"entropy_s"})
@@ -317,7 +365,16 @@ class TopEntropy(QuotaRule):
 class TopHellinger(QuotaRule):
     """Keeps the rows with the largest squared Hellinger distance: score = 1 - sum sqrt(p_s p_t), in [0, 1].
 
-    Its arguments are QuotaRule's. Source: AdaKD's difficulty (arXiv 2510.11615), squared, which ranks the same; R30.
+    Source: AdaKD's difficulty (arXiv 2510.11615), squared, which ranks the same; R30.
+
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     needs = frozenset({"hellinger_sq"})
@@ -327,13 +384,21 @@ class TopHellinger(QuotaRule):
 class SoftOr(QuotaRule):
     """Keeps rows that are uncertain or wrong: score = h + d - h d = 1 - (1-h)(1-d), h of entropy_s and d of kl_rev.
 
-    normalize  how h and d are brought to [0, 1] over the population of the batch:
-               "rank"    (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one
-                         axis leaves the other rows' ranks as they were
-               "minmax"  the paper: entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
-                         values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d
+    kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
 
-    The other arguments are QuotaRule's. kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        normalize: How h and d are brought to [0, 1] over the population of the batch.
+            "rank": (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one axis
+            leaves the other rows' ranks as they were.
+            "minmax": the paper's; entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
+            values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     needs = frozenset({"entropy_s", "kl_rev"})
@@ -363,12 +428,20 @@ class Overconfident(QuotaRule):
     in. A divergence of +inf scores +inf. Set thresholds in nats or at high quantiles: below the median entropy lie
     solved tokens, and thresholds in nats may leave too few rows to learn from (bench/evidence.md).
 
-    entropy_below     a finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1]
-    divergence_above  the same for stats[by]
-    by                name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default: it sees teacher mass
-                      that the student ignores
+    Source: the Q3-only rule of TIP (arXiv 2604.14084); R33.
 
-    The other arguments are QuotaRule's. Source: the Q3-only rule of TIP (arXiv 2604.14084); R33.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        entropy_below: A finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1].
+        divergence_above: The same for stats[by].
+        by: Name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default: it sees teacher mass that the
+            student ignores.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     entropy_below: Cut = 0.3
@@ -399,9 +472,17 @@ class Overconfident(QuotaRule):
 class RandomRows(QuotaRule):
     """Keeps rows at random: score = uniform in [0, 1). The control that every other rule has to beat.
 
-    generator  torch.Generator on the device of the statistics, advanced by each call; None is the device's default
+    It reads no statistic, so NaN rows may be kept; R34.
 
-    The other arguments are QuotaRule's. It reads no statistic, so NaN rows may be kept; R34.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        generator: torch.Generator on the device of the statistics, advanced by each call; None is the device's default.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     generator: torch.Generator | None = None
@@ -425,14 +506,23 @@ class SampleEntropy(QuotaRule):
     hellinger_sq replaces the Jensen-Shannon divergence / ln 2 of the authors' code, which no single pass can measure:
     ln2 H2 <= JSD <= H2. 0^0 is 1. Constant factors of w cancel, so ln V is left out and the largest w counts as 1.
 
-    alpha, gamma  finite floats >= 0; hellinger_sq is read, and a teacher needed, only if gamma > 0
-    generator     torch.Generator on the device of the statistics, advanced by each call; None is the device's default
-    unbiased      adds row_weights 1 / (1 - exp(-exp(log w - kappa))), kappa the best score left out in the group (its
-                  (quota + 1)-th largest); 1 where nothing was left out. Then sum(row_weights * x) over the kept rows
-                  is on average the sum of x over the population, apart from rows with w = 0
+    Source: TIP (arXiv 2604.14084) and its code; Gumbel top-k of Kool et al. 2019 (arXiv 1903.06059); weights of
+    priority sampling, Duffield et al. 2007; R35.
 
-    The other arguments are QuotaRule's. Source: TIP (arXiv 2604.14084) and its code; Gumbel top-k of Kool et al. 2019
-    (arXiv 1903.06059); weights of priority sampling, Duffield et al. 2007; R35.
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        alpha: A finite float of at least 0.
+        gamma: The same; hellinger_sq is read, and a teacher needed, only if gamma > 0.
+        generator: torch.Generator on the device of the statistics, advanced by each call; None is the device's default.
+        unbiased: Adds row_weights 1 / (1 - exp(-exp(log w - kappa))), kappa the best score left out in the group (its
+            (quota + 1)-th largest); 1 where nothing was left out. Then sum(row_weights * x) over the kept rows is on
+            average the sum of x over the population, apart from rows with w = 0.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
     """
 
     alpha: float = 1
@@ -483,12 +573,19 @@ def quadrants(
         3  entropy low, divergence high: overconfident and wrong   4  low, low: solved            0  masked or NaN
 
     low entropy: entropy_s < entropy; high divergence: kl_rev = KL(student || teacher) > divergence; both strict.
+    Source: TIP (arXiv 2604.14084), which gives no numeric thresholds; R36.
 
-    stats       TokenStats with entropy_s and kl_rev
-    row_mask    bool (N,) or (B, T), True for rows that count; None: all do
-    entropy, divergence  a finite float in nats, or ("quantile", q) over the rows that count, q in [0, 1]
+    Args:
+        stats: TokenStats with entropy_s and kl_rev.
+        row_mask: bool (N,) or (B, T), True for rows that count; None: all do.
+        entropy: A finite float in nats, or ("quantile", q) over the rows that count, q in [0, 1].
+        divergence: The same.
 
-    Raises ValueError naming the argument. Source: TIP (arXiv 2604.14084), which gives no numeric thresholds; R36.
+    Returns:
+        (N,) int8, 0 to 4.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     _check_cut("entropy", entropy)
     _check_cut("divergence", divergence)
