@@ -10,10 +10,12 @@ Imports, read from the source (ast), of modules of the package by modules of the
              as is what stands in the `else` of `if not TYPE_CHECKING:`
 
 `from tip_kernels import name` is an import of the module of that name, and of the package's face, `__init__`, where the
-face exports the name. A room is a folder of the package, or a module that stands flat in it. An arrow goes from a room
-to one that it imports, however many imports it stands for. A floor is the longest way down: a room stands one floor
-above the highest of those that it imports; within a cycle the imports made in calls are left out. An arrow back up is
-one to a room that is not on a lower floor.
+face exports the name; a module from which the face takes its `__all__` is face, too.
+
+A room is a folder of the package, or a module that stands flat in it. An arrow goes from a room to one that it imports,
+however many imports it stands for. A floor is the longest way down: a room stands one floor above the highest of those
+that it imports; within a cycle the imports made in calls are left out. An arrow back up is one to a room that is not on
+a lower floor.
 
 Walks, traced (sys.settrace): one loss of two Heads (N = 64 rows, V = 128, H = 32 of the student, 48 of the teacher,
 fp32) on a CPU by tiled torch, the making of the Heads and the backward included, after one that is not counted. Only
@@ -104,6 +106,11 @@ class House:
         self.files = {_module(root, path): path for path in sorted((root / package).rglob("*.py"))}
         self.trees = {module: ast.parse(path.read_text()) for module, path in self.files.items()}
         self.exported = _exported(self.trees[package])
+        self.faces = {package}  # and the module that its names are listed in, where it takes __all__ from one
+        for name, _ in self.names_imported(package):
+            if name.endswith(".__all__"):
+                self.faces.add(listed := name.removesuffix(".__all__"))
+                self.exported = _exported(self.trees[listed])
         self.imports = [
             Import(module, imported, when)
             for module in self.files
@@ -376,7 +383,7 @@ def found_in(house: House) -> Iterator[Found]:
     flat = sorted(m for m in house.files if house.files[m].parent == house.files[house.package].parent)
     flat = [house.rooms[m] for m in flat if house.rooms[m] not in (FACE, MAIN)]
     yield "flat modules", _at_most(FLAT, len(flat), f"modules beside {FACE} and {MAIN}", flat)
-    face = {i.importer for i in house.imports if i.imported == house.package and i.when != "typing"}
+    face = {i.importer for i in house.imports if i.imported in house.faces and i.when != "typing"} - house.faces
     face = sorted(m for m in face if not house.rooms[m].startswith(MAY_IMPORT_THE_FACE))
     yield "the face", f"{house.package} itself is imported by {', '.join(face)}" if face else None
     yield from _found_in_backends(house)

@@ -104,6 +104,23 @@ def test_a_name_of_the_face_is_the_face_and_a_module_of_the_package_is_none(tmp_
     assert wrong_in(house.found_in(toy)) == {"the face": "toy itself is imported by toy.b, toy.c"}
 
 
+def test_the_names_of_the_face_may_stand_in_a_module_of_its_own(tmp_path):
+    toy = built(
+        tmp_path,
+        {
+            "__init__.py": "if TYPE_CHECKING:\n    from toy._public import __all__ as __all__",
+            "_public.py": "from toy.learn.loss import Loss\n__all__ = ['Loss']",
+            "learn/loss.py": "class Loss: ...",
+            "backends/eager/fold.py": "from toy.learn.loss import Loss",
+            "plan/a.py": "from toy import Loss",
+            "plan/b.py": "from toy._public import Loss",
+        },
+    )
+    wrong = wrong_in(house.found_in(toy))
+    assert wrong["the face"] == "toy itself is imported by toy.plan.a, toy.plan.b"
+    assert wrong["backends know no public type"] == "toy.backends.eager.fold knows Loss"
+
+
 def test_cycles_of_files_and_of_rooms_and_arrows_back_up_are_found(tmp_path):
     files = {
         "x/low.py": "",
