@@ -82,7 +82,7 @@ NOT_YET = {
     "complexity of table_of",
 }
 
-MAY_IMPORT_THE_FACE = ("opd", MAIN)
+MAY_IMPORT_THE_FACE = ("opd", "doctor", MAIN)
 TRITON = ("kernels", "backends/triton")
 BACKENDS = ("eager", "backends/eager", *TRITON)
 FLAT, ROOMS, FLOORS, COMPLEXITY = 4, 20, 8, 15

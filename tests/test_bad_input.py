@@ -568,6 +568,7 @@ WORDS = {  # option: bad values
         "--vocab-parallel": ["0", "3"],
         "--link": ["string", "0", "nan", "nvlink4"],
     },
+    "doctor": {"--device": ["abacus"], "--only": ["nothing of this name"]},
 }
 SWITCHES = {  # option: what it may not stand beside
     "opd": {
@@ -582,6 +583,7 @@ SWITCHES = {  # option: what it may not stand beside
     "inspect": {"--chat": ["=1"], "--json": ["=1"], "--quiet": ["=1"]},
     "compare": {"--json": ["=1"], "--quiet": ["=1"]},
     "plan": {},
+    "doctor": {"--json": ["=1"]},
 }
 
 
@@ -599,11 +601,13 @@ def finished(tmp_path_factory) -> str:
 
 
 def parsers() -> dict[str, object]:
+    from tip_kernels.doctor.cli import parser as doctor
     from tip_kernels.opd import inspect_cli as cli
     from tip_kernels.opd.options import parser
     from tip_kernels.plan import costs
 
-    return {"opd": parser(), "inspect": cli.inspect_parser(), "compare": cli.compare_parser(), "plan": costs.parser()}
+    inspecting = {"inspect": cli.inspect_parser(), "compare": cli.compare_parser()}
+    return {"opd": parser(), **inspecting, "plan": costs.parser(), "doctor": doctor()}
 
 
 def refused(command: str, option: str, words: list[str], folder, capsys) -> None:

@@ -12,6 +12,7 @@ commands:
   inspect  see which tokens matter: a page of rollouts, of a run, of two checkpoints or of saved statistics
   compare  several runs on one page
   plan     what a step costs by strategy and peer, before it is run
+  doctor   what is installed, what will run, and whether every operation's numbers are right on this machine
 
 `tip-kernels <command> --help` lists a command's options, `tip-kernels --version` says which version this is."""
 
@@ -40,7 +41,19 @@ def _plan(argv: list[str]) -> int:
     return costs.main(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"opd": _opd, "inspect": _inspect, "compare": _compare, "plan": _plan}
+def _doctor(argv: list[str]) -> int:
+    from tip_kernels.doctor import cli
+
+    return cli.main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "opd": _opd,
+    "inspect": _inspect,
+    "compare": _compare,
+    "plan": _plan,
+    "doctor": _doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,400 @@
+"""The self-test: every public operation beside a formula of truth.py, on one device.
+
+A check yields comparisons; the worst of them is its line. An operation that this device cannot run raises NotHere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+import tip_kernels as tip
+from tip_kernels.doctor import truth
+from tip_kernels.doctor.cases import TOP_K, Case, Compared, Source, exact
+
+Check = Callable[[Case], Iterator[Compared]]
+
+
+class NotHere(Exception):
+    """Says why an operation cannot run on this device."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line. ok is None where the check did not run, for the reason in note."""
+
+    name: str
+    error: float | None
+    bound: float | None
+    ok: bool | None
+    note: str = ""
+
+
+def run(name: str, check: Check, case: Case) -> Result:
+    """The worst comparison of a check; whatever it raises is a failure."""
+    try:
+        found = [(*compared.error_and_bound(), compared.what) for compared in check(case)]
+    except NotHere as reason:
+        return Result(name, None, None, None, str(reason))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Result(name, None, None, False, f"{type(error).__name__}: {lines[0]}")
+    if not found:
+        return Result(name, None, None, False, "nothing was compared")
+    error, bound, what = max(found, key=lambda one: one[0] / one[1] if one[1] else math.inf if one[0] else 0.0)
+    return Result(name, error, bound, error <= bound, what)
+
+
+# ---- measure
+
+
+def _statistic(field: str, case: Case) -> Iterator[Compared]:
+    for what, stats, right, eager in _statistics_of(case):
+        if (ours := getattr(stats, field)) is not None:
+            yield Compared(what, ours, right[field], eager[field])
+
+
+@lru_cache(maxsize=1)  # every field reads it
+def _statistics_of(case: Case) -> list[tuple[str, tip.TokenStats, dict[str, Tensor], dict[str, Tensor]]]:
+    """What was measured, its statistics, those of the formulas in float64 and in float32."""
+    found = []
+    on = {"labels": case.labels.to(case.device), "margins": True, "workspace_mib": 1}
+    for source in (*case.sources.values(), case.with_ban):
+        _, student, teacher = source.on(case.device)
+        for tau in (None, case.temperature):
+            at = {} if tau is None else {"temperature": tau.to(case.device)}
+            right = [_statistics(case, source, tau, dtype) for dtype in (torch.float64, torch.float32)]
+            what = source.name if tau is None else f"{source.name}, a temperature a row"
+            found.append((what, tip.token_stats(student, teacher, top_k=TOP_K, **on, **at), *right))
+            found.append((f"{what}, student alone", tip.token_stats(student, **on, **at), *right))
+    return found
+
+
+def _statistics(case: Case, source: Source, tau: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    z_s, z_t = source.logits([x.to(dtype) for x in source.leaves])
+    tau = 1.0 if tau is None else tau.to(dtype)[:, None]
+    return truth.statistics(z_s / tau, z_t / tau, case.labels, TOP_K)
+
+
+def _importance(case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    _, student, teacher = case.logits.on(case.device)
+    right, eager = (_statistics(case, case.logits, None, dtype) for dtype in (torch.float64, torch.float32))
+    rows = list(range(case.n_rows))
+    scores = {
+        "logit_diff": lambda x: x["margin_t"],
+        "kl_div": lambda x: x["kl_fwd"],
+        "loss_contribution": lambda x: -x["logp_t"],
+        "entropy": lambda x: x["entropy_s"],
+        "reverse_kl": lambda x: x["kl_rev"],
+        "hellinger": lambda x: x["hellinger_sq"].sqrt(),
+        "soft_or": lambda x: torch.tensor(_soft_or(_listed(x), rows)).to(x["kl_rev"]),
+        "teachability": lambda x: torch.tensor(_teachability(_listed(x), rows)).to(x["kl_rev"]),
+    }
+    given = {"student": student, "teacher": teacher, "labels": case.labels.to(case.device), "top_k": TOP_K}
+    for method, score in scores.items():
+        yield Compared(method, tip.token_importance(method=method, **given), score(right), score(eager))
+
+
+# ---- select
+
+
+def _listed(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: value.detach().cpu().double().tolist() for name, value in values.items()}
+
+
+Values = dict[str, list[float]]
+
+
+def _soft_or(x: Values, rows: list[int]) -> list[float]:
+    h, d = (truth.shares_below(x[name], rows) for name in ("entropy_s", "kl_rev"))
+    return [1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)]
+
+
+def _sureness(x: Values, rows: list[int]) -> list[float]:
+    """1 - h, h the entropy clipped at its 0.98 quantile and brought to [0, 1]."""
+    entropy, top = x["entropy_s"], truth.quantile(x["entropy_s"], rows, 0.98)
+    clipped = [min(value, top) for value in entropy]
+    low, high = min(clipped[i] for i in rows), max(clipped[i] for i in rows)
+    return [1 - (value - low) / (high - low) for value in clipped]
+
+
+def _teachability(x: Values, rows: list[int]) -> list[float]:
+    d, c = (
+        truth.between(x[name], truth.quantile(x[name], rows, 0.05), truth.quantile(x[name], rows, 0.95))
+        for name in ("kl_fwd", "mass_t_on_top_s")
+    )
+    return [a * b for a, b in zip(d, c, strict=True)]
+
+
+def _product(*factors: list[float]) -> list[float]:
+    return [math.prod(entries) for entries in zip(*factors, strict=True)]
+
+
+def _uniform(x: Values, draw: torch.Generator) -> list[float]:
+    n_rows = len(x["lse_s"])
+    return torch.rand(n_rows, generator=draw, dtype=torch.float64, device=draw.device).tolist()
+
+
+def _gumbel(x: Values, rows: list[int], draw: torch.Generator) -> list[float]:
+    """log of the entropy over the largest, plus Gumbel noise."""
+    largest = max(x["entropy_s"][i] for i in rows)
+    noise = torch.empty(len(x["lse_s"]), dtype=torch.float64, device=draw.device).exponential_(generator=draw).tolist()
+    return [math.log(entropy / largest) - math.log(e) for entropy, e in zip(x["entropy_s"], noise, strict=True)]
+
+
+KEEP = 0.4
+# (rule of a generator, its score of (values, rows of the population, a generator), eligible or None for all)
+RULES: dict[str, tuple[Callable, Callable, Callable | None]] = {
+    "KeepAll": (lambda g: tip.KeepAll(), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
+    "TopEntropy": (lambda g: tip.TopEntropy(KEEP), lambda x, rows, g: x["entropy_s"], None),
+    "TopDivergence": (lambda g: tip.TopDivergence(KEEP), lambda x, rows, g: x["kl_rev"], None),
+    "TopHellinger": (lambda g: tip.TopHellinger(KEEP), lambda x, rows, g: x["hellinger_sq"], None),
+    "TopMargin": (lambda g: tip.TopMargin(KEEP), lambda x, rows, g: x["margin_t"], None),
+    "SoftOr": (lambda g: tip.SoftOr(KEEP), lambda x, rows, g: _soft_or(x, rows), None),
+    "Overconfident": (
+        lambda g: tip.Overconfident(KEEP, entropy_below=6.0, divergence_above=1.0),
+        lambda x, rows, g: _product(x["kl_fwd"], _sureness(x, rows)),
+        lambda x, i: x["entropy_s"][i] < 6.0 and x["kl_fwd"][i] > 1.0,
+    ),
+    "EntropyGap": (
+        lambda g: tip.EntropyGap(KEEP),
+        lambda x, rows, g: [a - b for a, b in zip(x["entropy_s"], x["entropy_t"], strict=True)],
+        None,
+    ),
+    "CrossEntropyRatio": (
+        lambda g: tip.CrossEntropyRatio(KEEP),
+        lambda x, rows, g: [-a / (-b + 1e-6) for a, b in zip(x["logp_s"], x["logp_t"], strict=True)],
+        None,
+    ),
+    "Teachability": (
+        lambda g: tip.Teachability(KEEP, top_k=TOP_K),
+        lambda x, rows, g: _teachability(x, rows),
+        None,
+    ),
+    "GreedyAgreement": (
+        lambda g: tip.GreedyAgreement(TOP_K),
+        lambda x, rows, g: [float(rank < TOP_K) for rank in x["rank_t_of_argmax_s"]],
+        lambda x, i: x["rank_t_of_argmax_s"][i] < TOP_K,
+    ),
+    "PositionPrefix": (lambda g: tip.PositionPrefix(2), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
+    "RandomRows": (lambda g: tip.RandomRows(KEEP, generator=g), lambda x, rows, g: _uniform(x, g), None),
+    "SampleEntropy": (lambda g: tip.SampleEntropy(KEEP, generator=g), _gumbel, None),
+    "Threshold": (
+        lambda g: tip.Threshold("kl_rev", above=0.5, below=4.0),
+        lambda x, rows, g: x["kl_rev"],
+        lambda x, i: 0.5 < x["kl_rev"][i] < 4.0,
+    ),
+}
+
+
+def _measured(case: Case) -> tuple[tip.TokenStats, Values]:
+    _, student, teacher = case.logits.on(case.device)
+    stats = tip.token_stats(student, teacher, labels=case.labels.to(case.device), margins=True, top_k=TOP_K)
+    return stats, _listed({f.name: getattr(stats, f.name) for f in fields(stats) if not f.name.startswith("_")})
+
+
+def _rule(name: str, case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    make, score, eligible = RULES[name]
+    stats, x = _measured(case)
+    ours, theirs = (torch.Generator(case.device).manual_seed(3) for _ in range(2))
+    rule = make(ours)
+    kept = rule(stats, case.mask.to(case.device), case.rollouts.to(case.device))
+    known = [not any(math.isnan(x[field][i]) for field in rule.needs) for i in range(case.n_rows)]
+    rows = [i for i in range(case.n_rows) if case.mask[i] and known[i]]
+    scores = score(x, rows, theirs)
+    allowed = [eligible is None or eligible(x, i) for i in range(case.n_rows)]
+    keep = getattr(rule, "keep", None)
+    if keep is None:  # no quota
+        expected = [i in rows and allowed[i] for i in range(case.n_rows)]
+    else:
+        expected = truth.best(scores, rows, allowed, case.rollouts.tolist(), keep)
+    yield exact("rows kept", kept.mask, torch.tensor(expected))
+    inside = torch.tensor(rows)
+    right = torch.tensor(scores, dtype=torch.float64)[inside]
+    yield Compared("scores", kept.scores.cpu()[inside], right, right.float())
+
+
+def _counts_in_float64(device: torch.device) -> None:
+    """Raises NotHere on a device that has no float64, in which selection counts."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError, NotImplementedError):
+        raise NotHere(f"selection counts in float64, which {device.type} lacks") from None
+
+
+def _quadrants(case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    stats, x = _measured(case)
+    ours = tip.quadrants(stats, case.mask.to(case.device), entropy=5.0, divergence=0.5)
+    pairs = zip(x["entropy_s"], x["kl_rev"], case.mask.tolist(), strict=True)
+    expected = [(1 + 2 * (h < 5.0) + (d <= 0.5)) if rows else 0 for h, d, rows in pairs]
+    yield exact("quadrants", ours, torch.tensor(expected, dtype=torch.int8))
+
+
+# ---- learn
+
+
+def _learn(name: str, source_name: str, case: Case) -> Iterator[Compared]:
+    (parameters, formula), source = truth.DIVERGENCES[name], case.sources[source_name]
+    leaves, student, teacher = source.on(case.device, grad=True)
+    tau, w = case.temperature.to(case.device), case.weights.to(case.device)
+    stats = None
+    if name == "SampledReverseKL":
+        stats = tip.token_stats(student, teacher, labels=case.sampled.to(case.device), temperature=tau)
+    divergence = getattr(tip, name)(*parameters)
+    options = {"divergence": divergence, "stats": stats, "temperature": tau, "row_weights": w, "workspace_mib": 1}
+    loss = tip.divergence_loss(student, teacher, **options)
+    loss.sum().backward()
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        return case.weights.to(z_s.dtype) * formula(*case.log_probs(z_s, z_t), case.sampled)
+
+    yield from source.compared(loss, leaves, right)
+
+
+def _sum_and_clip(case: Case) -> Iterator[Compared]:
+    leaves, student, teacher = case.logits.on(case.device, grad=True)
+    divergence = (0.5 * tip.ForwardKL() + 0.25 * tip.TVD()).clipped(2.0)
+    loss = tip.divergence_loss(student, teacher, divergence=divergence)
+    loss.sum().backward()
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        lp = case.log_probs(z_s, z_t, temperature=False)
+        parts = (truth.DIVERGENCES[name][1](*lp, case.sampled) for name in ("ForwardKL", "TVD"))
+        return (0.5 * next(parts) + 0.25 * next(parts)).clamp(max=2.0)
+
+    yield from case.logits.compared(loss, leaves, right)
+
+
+def _listed_teacher(tail: str, case: Case) -> Iterator[Compared]:
+    source, ids = case.head, case.logits.frozen[0].topk(TOP_K).indices
+    logp = source.logits([x.double() for x in source.leaves])[1].log_softmax(1).gather(1, ids).float()
+    leaves, student, _ = source.on(case.device, grad=True)
+    teacher = tip.TopK(ids.to(case.device), logp.to(case.device), tail=tail)
+    stats = tip.token_stats(student, teacher)
+    loss = tip.divergence_loss(student, teacher, divergence=tip.ForwardKL(), stats=stats)
+    loss.sum().backward()
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        p = logp.to(z_s.dtype)
+        lp_t = torch.cat([p, torch.log1p(-p.exp().sum(1, keepdim=True))], 1)
+        return truth.listed_kl(truth.outcomes(z_s, ids), lp_t, tail)
+
+    yield Compared("kl_fwd", stats.kl_fwd, *(found[0] for found in source.beside(right)))
+    yield from source.compared(loss, leaves, right)
+
+
+def _distill(strategy: str, case: Case, **options: object) -> Iterator[Compared]:
+    """Reverse KL at a temperature a row, beside a label loss, over the rows that the rule chose."""
+    _counts_in_float64(case.device)
+    source, labelled = case.head, case.labels >= 0
+    leaves, student, teacher = source.on(case.device, grad=True)
+    on = {name: getattr(case, name).to(case.device) for name in ("labels", "temperature")}
+    options = {"row_mask": case.mask.to(case.device), "row_weights": case.weights.to(case.device)} | on | options
+    out = tip.distill(student, teacher, ce_weight=0.25, rollout_ids=case.rollouts.to(case.device), **options)
+    if not options.get("backward"):
+        out.loss.backward()
+    if out.plan.strategy != strategy:
+        raise AssertionError(f"expected {strategy}, got {out.plan.strategy}")
+    rows, labels = out.kept.mask.cpu(), case.labels.clamp(min=0)[:, None]
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        w = torch.where(rows, case.weights.to(z_s.dtype), 0.0)
+        divergence = truth.DIVERGENCES["ReverseKL"][1](*case.log_probs(z_s, z_t), case.sampled)
+        cross_entropy = -z_s.log_softmax(1).gather(1, labels)[:, 0].where(labelled, 0.0)
+        return (w * (0.75 * divergence + 0.25 * cross_entropy)).sum() / w.sum()
+
+    yield from source.compared(out.loss, leaves, right)
+
+
+def _distill_listed(case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    source, ids = case.head, case.logits.frozen[0].topk(TOP_K).indices
+    logp = source.logits([x.double() for x in source.leaves])[1].log_softmax(1).gather(1, ids).float()
+    leaves, student, _ = source.on(case.device, grad=True)
+    teacher = tip.TopK(ids.to(case.device), logp.to(case.device))
+    out = tip.distill(student, teacher, select=tip.TopDivergence(KEEP), divergence=tip.ForwardKL())
+    out.loss.backward()
+    rows = out.kept.mask.cpu()
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        p = logp.to(z_s.dtype)
+        lp_t = torch.cat([p, torch.log1p(-p.exp().sum(1, keepdim=True))], 1)
+        return truth.listed_kl(truth.outcomes(z_s, ids), lp_t, "bucket")[rows].mean()
+
+    yield from source.compared(out.loss, leaves, right)
+
+
+def _adakd(case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    source, mask = case.head, case.mask
+    leaves, student, teacher = source.on(case.device, grad=True)
+    given = tip.adakd(0.5, row_mask=mask.to(case.device), rollout_ids=case.rollouts.to(case.device))
+    out = tip.distill(student, teacher, divergence=tip.ReverseKL(), **given)
+    out.loss.backward()
+    rows = out.kept.mask.cpu()
+    h = _statistics(case, source, None, torch.float64)["hellinger_sq"]
+    median = h[mask].sort().values[(int(mask.sum()) - 1) // 2]
+    tau = torch.where(mask, torch.exp(-0.5 * (h - median) / (h + median)), 1.0)
+    ours = tip.difficulty_temperature(out.stats, mask.to(case.device))
+    yield Compared("difficulty_temperature", ours, tau, tau.float())
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        t = tau.to(z_s.dtype)
+        lp = case.log_probs(z_s / t[:, None], z_t / t[:, None], temperature=False)
+        return (t.square() * truth.DIVERGENCES["ReverseKL"][1](*lp, case.sampled))[rows].mean()
+
+    yield from source.compared(out.loss, leaves, right)
+
+
+def _focus(case: Case) -> Iterator[Compared]:
+    """The ratio follows the paper's lines over losses that fall, stay and rise."""
+    losses = [2.0, 1.5, 1.2, 1.0, 1.0, 0.9, 1.4, 2.0, 2.2]
+    focus, ours, right = tip.AdaptiveFocus(beta=0.5, warmup=2), [], []
+    keep, average, anchor = 1.0, losses[0], losses[0]
+    for seen, loss in enumerate(losses):
+        ours.append(focus.update(torch.tensor(loss, device=case.device)))
+        average = 0.5 * average + 0.5 * loss
+        before = keep
+        if seen < 2:
+            anchor = average
+        elif average < 0.95 * anchor:
+            keep = max(0.1, 0.95 * keep)
+        elif average > 1.05 * anchor:
+            keep = min(1.0, 1.05 * keep)
+        anchor = average if keep != before else anchor
+        right.append(keep)
+    yield Compared("keep", torch.tensor(ours), torch.tensor(right).double(), torch.tensor(right))
+
+
+STATISTICS = [f.name for f in fields(tip.TokenStats) if not f.name.startswith("_")]
+CHECKS: dict[str, Check] = {
+    **{f"token_stats {field}": partial(_statistic, field) for field in STATISTICS},
+    "token_importance": _importance,
+    **{f"select {name}": partial(_rule, name) for name in RULES},
+    "quadrants": _quadrants,
+    **{
+        f"divergence_loss {name}, {source}": partial(_learn, name, source)
+        for name in truth.DIVERGENCES
+        for source in ("logits", "Head")
+    },
+    "divergence_loss ReverseKL, bfloat16 Head": partial(_learn, "ReverseKL", "bfloat16 Head"),
+    "divergence_loss of a clipped sum": _sum_and_clip,
+    **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalise")},
+    "distill, one sweep": partial(_distill, "one sweep", select=tip.KeepAll(), sweeps=1),
+    "distill, two sweeps": partial(_distill, "two sweeps", select=tip.SoftOr(KEEP), sweeps=2),
+    "distill, backward=True": partial(_distill, "two sweeps", select=tip.TopEntropy(KEEP), sweeps=2, backward=True),
+    "distill, GradFilter": partial(
+        _distill, "two sweeps", select=tip.SoftOr(KEEP), sweeps=2, grad_filter=tip.GradFilter(1e-12)
+    ),
+    "distill, TopK": _distill_listed,
+    "distill, adakd": _adakd,
+    "AdaptiveFocus": _focus,
+}
