@@ -12,7 +12,7 @@ Imports, read from the source (ast), of modules of the package by modules of the
 `from tip_kernels import name` is an import of the module of that name, and of the package's face, `__init__`, where the
 face exports the name; a module from which the face takes its `__all__` is face, too.
 
-A room is a folder of the package, or a module that stands flat in it. An arrow goes from a room to one that it imports,
+A room is a folder of the package, or a module that stands flat in it; the face is one. An arrow goes from a room to one that it imports,
 however many imports it stands for. A floor is the longest way down: a room stands one floor above the highest of those
 that it imports; within a cycle the imports made in calls are left out. An arrow back up is one to a room that is not on
 a lower floor.
@@ -151,6 +151,8 @@ class House:
 
     def _room(self, module: str) -> str:
         """The folder that a module is in, below the package's, or its own name where it stands flat."""
+        if module in self.faces:
+            return FACE
         path = self.files[module].relative_to(self.files[self.package].parent)
         return path.parent.as_posix() if path.parent.parts else path.stem
 
