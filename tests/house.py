@@ -12,10 +12,10 @@ Imports, read from the source (ast), of modules of the package by modules of the
 `from tip_kernels import name` is an import of the module of that name, and of the package's face, `__init__`, where the
 face exports the name; a module from which the face takes its `__all__` is face, too.
 
-A room is a folder of the package, or a module that stands flat in it; the face is one. An arrow goes from a room to one that it imports,
-however many imports it stands for. A floor is the longest way down: a room stands one floor above the highest of those
-that it imports; within a cycle the imports made in calls are left out. An arrow back up is one to a room that is not on
-a lower floor.
+A room is a folder of the package, or a module that stands flat in it; the face is one. An arrow goes from a room to one
+that it imports, however many imports it stands for. A floor is the longest way down: a room stands one floor above the
+highest of those that it imports; within a cycle the imports made in calls are left out. An arrow back up is one to a
+room that is not on a lower floor.
 
 Walks, traced (sys.settrace): one loss of two Heads (N = 64 rows, V = 128, H = 32 of the student, 48 of the teacher,
 fp32) on a CPU by tiled torch, the making of the Heads and the backward included, after one that is not counted. Only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -39,6 +40,8 @@ def parser() -> Parser:
 
 def run(options: dict) -> int:
     """Prints what was found; returns the exit code."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("needs torch: pip install torch")
     from tip_kernels.doctor import checks, machine, ops
     from tip_kernels.opd.cli import pick_device
 
