@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, leaf, normal, relative_error
+from _interpreter import fuse_multiply_adds
 from torch import Tensor
 
 import tip_kernels as tip
@@ -48,6 +49,7 @@ def run_all(rank: int, folder: str, names: list[str]) -> None:
     """Makes the checks called names, and writes what failed on this rank."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TRITON_INTERPRET"] = "1"
+    fuse_multiply_adds()
     torch.set_num_threads(1)
     torch.set_warn_always(False)
     rendezvous = f"file://{folder}/rendezvous"

@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from _interpreter import fuse_multiply_adds
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    fuse_multiply_adds()
 torch.set_num_threads(1)  # the tests' matrices are small, and pytest runs on several processes
 
 SHARDS = {False: (4, 75), True: (40, 250)}  # shards and cases of each, by --long

@@ -5,7 +5,9 @@ What the interpreter cannot show (kernels.md 4): races, fused multiply-adds, the
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,17 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from _cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, normal, ordinary
 from torch import Tensor
 
 import reference as ref
 from reference import divergences
-from tip_kernels.backends.triton._family import KINDS
+from tip_kernels.backends.triton._family import KINDS, LN2
+from tip_kernels.backends.triton._online import C
 from tip_kernels.backends.triton.linear_stats import linear_stats
 from tip_kernels.backends.triton.row_grad import CHUNK, Label, Term, row_grad
 from tip_kernels.backends.triton.row_stats import PART, finish, fold_tile, new_state, row_stats
 from tip_kernels.backends.triton.row_sums import row_sums
 
+VALUES = (ast.Assign, ast.AnnAssign)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = Path(__file__).parents[1] / "bench" / "results" / "compile.json"
 
@@ -695,11 +701,29 @@ def test_bad_input_is_named():
         row_grad(z_s, z_t, up, stats, terms, out=z_s[:, :5])
 
 
+def test_module_constants_of_kernels_are_numbers_to_every_interpreter():
+    """`constexpr * tensor` stays a constexpr in those of Triton 3.6 to 3.8; `constant` makes none there."""
+    for file in (TABLE.parents[2] / "tip_kernels" / "backends" / "triton").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)] if isinstance(node, VALUES) else []
+            assert not [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith("constexpr")], file.name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels are compiled here")
+def test_constants_times_tensors_are_tensors_to_this_interpreter():
+    def kernel(out_ptr):
+        x = tl.load(out_ptr)
+        tl.store(out_ptr, C * tl.maximum(LN2 * x, 0.0))
+
+    x = torch.tensor([2.0])
+    triton.jit(kernel)[(1,)](x)
+    torch.testing.assert_close(x, torch.tensor([4 * math.log(2) ** 2]))
+
+
 # ---- compiled without a GPU
 
 
 def compiled_rows(tmp_path: Path, targets: list[str], variants: list[str], save: Path | None = None) -> list[dict]:
-    triton = pytest.importorskip("triton")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not all((tools / name).exists() for name in ("ptxas", "cuobjdump", "nvdisasm")):
         pytest.skip("this Triton comes without ptxas, cuobjdump and nvdisasm")
@@ -747,7 +771,8 @@ def test_compiled_kernels_do_not_regress(tmp_path):
         assert row["load_bits"] == was["load_bits"], row
         assert row["registers"] <= was["registers"] + 32, (row, was)
         if row["instr_per_pair"] is not None:
-            assert row["instr_per_pair"] <= 1.1 * was["instr_per_pair"], (row, was)  # compilers differ by 6 %
+            most = 1.1 if triton.__version__.startswith("3.9.") else 1.25  # the table is 3.9's; 3.6 takes 12 % more
+            assert row["instr_per_pair"] <= most * was["instr_per_pair"], (row, was)
 
 
 def test_fused_product_uses_hopper_matrix_units_and_bulk_copies(tmp_path):

@@ -84,18 +84,40 @@ def test_the_check_loads_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_trl_hook_refuses_a_transformers_that_takes_a_part_of_the_gradient_before_loading_it():
+def ran_with(found: dict[str, str], code: str) -> subprocess.CompletedProcess:
+    """A Python of its own, in which these versions are found and afterwards nothing that they are of is loaded."""
     code = (
         "import sys\n"
         "from tip_kernels import _versions\n"
-        "_versions.installed = {'transformers': '5.5.0', 'trl': '1.16.0'}.get\n"
-        "try:\n"
-        "    import tip_kernels.hooks.trl\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-        "assert not {'transformers', 'trl', 'accelerate'} & set(sys.modules)\n"
+        f"_versions.installed = {found!r}.get\n"
+        f"{code}\n"
+        "assert not {'torch', 'triton', 'transformers', 'trl', 'accelerate'} & set(sys.modules)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
-    said = ran.stdout.strip()
-    assert said.startswith("transformers: expected 5.5.1 or newer, got 5.5.0: its Trainer takes"), said
-    assert "\n" not in said
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_trl_hook_refuses_a_transformers_that_takes_a_part_of_the_gradient():
+    code = "try:\n    import tip_kernels.hooks.trl\nexcept ImportError as error:\n    print(error)"
+    ran = ran_with({"transformers": "5.5.0", "trl": "1.16.0"}, code)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("transformers: expected "), ran.stdout
+    assert "got 5.5.0: its Trainer takes 1/gradient_accumulation_steps of the gradient" in ran.stdout
+    assert ran.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["opd --steps 1", "inspect", "plan"])
+def test_command_says_in_one_line_which_version_it_cannot_use(command):
+    ran = ran_with({"torch": "2.1.0"}, f"from tip_kernels.__main__ import main\nassert main({command.split()}) == 2")
+    assert ran.returncode == 0, ran.stderr
+    floor = _versions.FLOORS["torch"]
+    name = command.split()[0]
+    assert ran.stderr == (
+        f"tip-kernels {name}: error: torch: expected {floor} or newer, got 2.1.0: pip install --upgrade torch\n"
+    )
+
+
+def test_public_name_is_refused_before_torch_is_loaded():
+    code = "import tip_kernels as tip\ntry:\n    tip.distill\nexcept ImportError as error:\n    print(error)"
+    ran = ran_with({"torch": "2.13.0", "triton": "3.0.0"}, code)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(f"triton: expected {_versions.FLOORS['triton']} or newer, got 3.0.0")

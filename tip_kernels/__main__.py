@@ -47,6 +47,12 @@ def _doctor(argv: list[str]) -> int:
     return cli.main(argv)
 
 
+# What each command loads; the doctor reports what it finds.
+NEEDS = {
+    "opd": ("torch", "triton", "transformers"),
+    "inspect": ("torch", "triton", "transformers"),
+    "plan": ("torch", "triton"),
+}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "opd": _opd,
     "inspect": _inspect,
@@ -54,6 +60,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "doctor": _doctor,
 }
+
+
+def _wrong_version(command: str) -> str | None:
+    """What is installed in a version that the command cannot use, in one line."""
+    from tip_kernels import _versions
+
+    try:
+        _versions.check(*NEEDS.get(command, ()))
+    except _versions.VersionError as error:
+        return str(error)
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tip-kernels {tip_kernels.__version__}")
         return 0
     if argv and argv[0] in COMMANDS:
+        wrong = None if {"-h", "--help"} & set(argv) else _wrong_version(argv[0])
+        if wrong:
+            print(f"tip-kernels {argv[0]}: error: {wrong}", file=sys.stderr)
+            return 2
         return COMMANDS[argv[0]](argv[1:])
     got = f"got {argv[0]!r}" if argv else "got nothing"
     known = ", ".join(repr(name) for name in COMMANDS)

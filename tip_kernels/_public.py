@@ -1,5 +1,9 @@
 """Every public name of the package, which __init__.py loads when one of them is asked for."""
 
+from tip_kernels import _versions
+
+_versions.check("torch", "triton")
+
 from tip_kernels.backends.choice import backend
 from tip_kernels.distillation.distill import Distilled, Plan, distill
 from tip_kernels.distillation.importance import token_importance

@@ -8,37 +8,38 @@ summands whose sums over the vocabulary are row scalars of its gradient and make
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-NEVER = tl.constexpr(
-    -(2.0**101)
-)  # finite, so that 0 * NEVER = 0; twice FLOOR, because bits are half of a half-exponent
+from ._constant import constant
 
-FORWARD_KL = tl.constexpr(0)
-REVERSE_KL = tl.constexpr(1)
-HELLINGER_SQ = tl.constexpr(2)
-RENYI = tl.constexpr(3)
-ALPHA_BETA = tl.constexpr(4)
-JSD = tl.constexpr(5)
-SKEW_FORWARD_KL = tl.constexpr(6)
-SKEW_REVERSE_KL = tl.constexpr(7)
-TVD = tl.constexpr(8)
-TODI = tl.constexpr(9)
-LABEL_SCORE = tl.constexpr(10)
+LN2 = constant(0.6931471805599453)
+LOG2E = constant(1.4426950408889634)
+# Finite, so that 0 * NEVER = 0; twice FLOOR, because bits are half of a half-exponent.
+NEVER = constant(-(2.0**101))
+
+FORWARD_KL = constant(0)
+REVERSE_KL = constant(1)
+HELLINGER_SQ = constant(2)
+RENYI = constant(3)
+ALPHA_BETA = constant(4)
+JSD = constant(5)
+SKEW_FORWARD_KL = constant(6)
+SKEW_REVERSE_KL = constant(7)
+TVD = constant(8)
+TODI = constant(9)
+LABEL_SCORE = constant(10)
 
 # name: (kind, row scalars of the gradient in order, sums in order or () where measured statistics are enough)
 KINDS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
-    "forward_kl": (FORWARD_KL.value, (), ()),
-    "reverse_kl": (REVERSE_KL.value, ("kl_rev",), ()),
-    "hellinger_sq": (HELLINGER_SQ.value, ("hellinger_sq",), ()),
-    "renyi": (RENYI.value, ("log_blend",), ()),
-    "alpha_beta": (ALPHA_BETA.value, ("sum_g",), ()),
-    "jsd": (JSD.value, ("kl_s",), ("kl_s", "kl_t")),
-    "skew_forward_kl": (SKEW_FORWARD_KL.value, ("mean_share",), ("value", "mean_share")),
-    "skew_reverse_kl": (SKEW_REVERSE_KL.value, ("value", "mean_share"), ("value", "mean_share")),
-    "tvd": (TVD.value, ("mean_sign",), ("value", "mean_sign")),
-    "todi": (TODI.value, ("sum_g",), ("value", "sum_g")),
-    "label_score": (LABEL_SCORE.value, ("label_factor",), ()),
+    "forward_kl": (int(FORWARD_KL), (), ()),
+    "reverse_kl": (int(REVERSE_KL), ("kl_rev",), ()),
+    "hellinger_sq": (int(HELLINGER_SQ), ("hellinger_sq",), ()),
+    "renyi": (int(RENYI), ("log_blend",), ()),
+    "alpha_beta": (int(ALPHA_BETA), ("sum_g",), ()),
+    "jsd": (int(JSD), ("kl_s",), ("kl_s", "kl_t")),
+    "skew_forward_kl": (int(SKEW_FORWARD_KL), ("mean_share",), ("value", "mean_share")),
+    "skew_reverse_kl": (int(SKEW_REVERSE_KL), ("value", "mean_share"), ("value", "mean_share")),
+    "tvd": (int(TVD), ("mean_sign",), ("value", "mean_sign")),
+    "todi": (int(TODI), ("sum_g",), ("value", "sum_g")),
+    "label_score": (int(LABEL_SCORE), ("label_factor",), ()),
 }
 
 

@@ -22,17 +22,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._constant import constant
+
 # A power of two, so that FLOOR - FLOOR is exactly 0 whether or not a multiply-add is fused.
-FLOOR = tl.constexpr(-(2.0**100))
-HALF_LOG2E = tl.constexpr(0.7213475204444817)  # 1 / c
-C = tl.constexpr(1.3862943649291992)  # 2 ln 2 rounded to fp32 ...
-C_TAIL = tl.constexpr(-3.8093086e-09)  # ... and what the rounding left
+FLOOR = constant(-(2.0**100))
+HALF_LOG2E = constant(0.7213475204444817)  # 1 / c
+C = constant(1.3862943649291992)  # 2 ln 2 rounded to fp32 ...
+C_TAIL = constant(-3.8093086e-09)  # ... and what the rounding left
 # Shifts lie on a grid of 1/64: fine enough that two close rows get close shifts, coarse enough that c k in nats, once
 # rounded to fp32, still determines k.
-GRID = tl.constexpr(64.0)
+GRID = constant(64.0)
 # A mass above this over a fixed shift costs moments their digits: u up to 6, or 8 nats.
-GUARD = tl.constexpr(2.0**12)
-NOWHERE = tl.constexpr(2**24)  # a column that no row has
+GUARD = constant(2.0**12)
+NOWHERE = constant(2**24)  # a column that no row has
 
 
 class One(NamedTuple):
