@@ -42,17 +42,14 @@ def run(options: dict) -> int:
     """Prints what was found; returns the exit code."""
     if importlib.util.find_spec("torch") is None:
         raise UsageError("needs torch: pip install torch")
-    from tip_kernels.doctor import checks, machine, ops
+    from tip_kernels.doctor import machine
     from tip_kernels.opd.cli import pick_device
 
     began = time.perf_counter()
     device = pick_device(options.get("device", "auto"))
     if device.type == "cpu":  # the kernels are run, too; read when Triton is first imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    only, quiet = options.get("only", ""), options.get("json", False)
-    chosen = {name: check for name, check in (checks.CHECKS | ops.CHECKS).items() if only in name}
-    if not chosen:
-        raise UsageError(f"argument --only: expected a part of the name of an operation, got {only!r}")
+    chosen, quiet = chosen_by(options.get("only", "")), options.get("json", False)
     report = {
         "system": machine.system(),
         "packages": machine.packages(),
@@ -73,6 +70,16 @@ def run(options: dict) -> int:
         said = f"{len(results) - skipped} checks in {seconds:.1f} s" + (f", {skipped} not run" if skipped else "")
         print(f"\n{said}: " + (f"{len(wrong)} wrong: {'; '.join(wrong)}" if wrong else "all right"))
     return 1 if wrong else 0
+
+
+def chosen_by(text: str) -> dict[str, Check]:
+    """The checks whose name holds the text."""
+    from tip_kernels.doctor import checks, ops
+
+    chosen = {name: check for name, check in (checks.CHECKS | ops.CHECKS).items() if text in name}
+    if not chosen:
+        raise UsageError(f"argument --only: expected a part of the name of an operation, got {text!r}")
+    return chosen
 
 
 def self_test(device: torch.device, chosen: dict[str, Check], say: Callable[[Result], None]) -> list[Result]:
