@@ -1,5 +1,6 @@
 """The main job on its packaged models, in process, with as few steps and prompts as each claim needs."""
 
+import builtins
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from tip_kernels.select.adakd import AdaptiveFocus
 pytest.importorskip("transformers")
 
 from tip_kernels.opd import UsageError, addition, cli, smollm2, train
+from tip_kernels.opd import task as task_module
 from tip_kernels.opd.pair import likeliest, load_pair
 from tip_kernels.opd.rollout import left_pad, sample
 from tip_kernels.opd.settings import PACKAGED, Settings
@@ -285,7 +287,7 @@ def renamed(kind):
     return NextForCausalLM
 
 
-def test_the_main_job_runs_on_models_whose_cache_argument_has_another_name(tmp_path):
+def test_both_commands_run_on_models_whose_cache_argument_has_another_name(tmp_path):
     kind = renamed("next_llama")
     for role in ("teacher", "student"):
         shutil.copytree(PACKAGED / role, tmp_path / role)
@@ -296,6 +298,8 @@ def test_the_main_job_runs_on_models_whose_cache_argument_has_another_name(tmp_p
     assert opd("--steps", 2, *models, *SMALL, "--output", tmp_path / "next") == 0
     assert opd("--steps", 2, *SMALL, "--output", tmp_path / "now") == 0
     assert without_seconds(log_of(tmp_path / "next")) == without_seconds(log_of(tmp_path / "now"))
+    page = ["--prompts", "2", "--quiet", "--output", str(tmp_path / "page.html")]
+    assert command.main(["inspect", str(tmp_path / "next"), *page]) == 0 and (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.parametrize("kind", ["packaged", "gpt2"])  # relative and absolute positions
@@ -589,6 +593,72 @@ def test_reasoning_gym_is_read_by_name_and_named_when_it_is_missing(monkeypatch)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UsageError, match=r'needs reasoning-gym: pip install "tip-kernels\[tasks\]"'):
         load_task("reasoning_gym:sums", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "kind"),
+    [
+        ("prime_factorization", "It is 12 x y", "ValueError"),
+        ("game_of_life", '{"rows": 3}', "KeyError"),
+        ("boxnet", "42", "TypeError"),
+    ],
+)
+def test_an_answer_on_which_scoring_raises_is_wrong_and_counted(name, wrong, kind, monkeypatch):
+    gym = pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(task_module, "GYM_SIZE", 8)  # game_of_life makes its entries slowly
+    task = load_task(f"reasoning_gym:{name}", 2)
+    entries = {entry["question"]: entry for entry in gym.create_dataset(name, size=8, seed=task_module.SPLIT_SEED)}
+    with pytest.raises(getattr(builtins, kind)):
+        gym.create_dataset(name, size=1, seed=0).score_answer(wrong, entries[task.held_out[0]])
+    assert not task.judge(0, wrong, True) and task.errors == {kind: 1}
+    if name != "boxnet":  # which states no answer
+        assert task.judge(1, entries[task.held_out[1]]["answer"], True) and task.errors.total() == 1
+
+
+def test_a_judge_that_takes_anything_is_found_out_by_nonsense(monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(task_module, "GYM_SIZE", 16)
+    assert load_task("reasoning_gym:game_of_life_halting", 8).nonsense_right() == 1
+    for sound in ("reasoning_gym:chain_sum", "reasoning_gym:prime_factorization", "addition"):
+        assert load_task(sound, 8).nonsense_right() == 0
+
+
+def gym_of_digits(monkeypatch, score):
+    """A data set that the packaged models can read, of 40 sums, with a score_answer of its own."""
+
+    class Sums(list):
+        def score_answer(self, answer, entry):
+            return score(answer, entry)
+
+    entries = [{"question": f"{i}+{i}=", "answer": str(2 * i)} for i in range(100, 140)]
+    made = types.SimpleNamespace(create_dataset=lambda name, size, seed: Sums(entries))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", made)
+    return ["--task", "reasoning_gym:sums", "--steps", 1, *SMALL]
+
+
+def test_a_run_says_how_many_last_answers_could_not_be_scored(tmp_path, monkeypatch, capsys):
+    def score(answer, entry):
+        if entry["question"] < "120":
+            raise KeyError(answer)
+        return 1.0 if ">" in answer else 0.0
+
+    assert opd(*gym_of_digits(monkeypatch, score), "--json", "--output", tmp_path) == 0
+    out, err = capsys.readouterr()
+    failed = sum(prompt < "120" for prompt in load_task("reasoning_gym:sums", 8).held_out)
+    wanted = f"reasoning_gym:sums raised an error (KeyError) on {failed} of the last 8 answers, which count as wrong"
+    assert 0 < failed < 8 and err == f"tip-kernels opd: warning: {wanted}\n"
+    assert [row["judge_errors"] for row in log_of(tmp_path)] == [failed, failed]
+    result = json.loads(out.splitlines()[-1])
+    assert result["judge_errors"] == failed and result["end_accuracy"] == pytest.approx(1 - failed / 8)
+
+
+def test_a_run_warns_of_a_task_that_takes_nonsense_for_right(tmp_path, monkeypatch, capsys):
+    assert opd(*gym_of_digits(monkeypatch, lambda answer, entry: 1.0), "--output", tmp_path) == 0
+    wanted = "reasoning_gym:sums counts 100 % of nonsense answers as right, so accuracy on it says little"
+    assert capsys.readouterr().err == f"tip-kernels opd: warning: {wanted}\n"
+    assert opd("--resume", "--steps", 2, "--quiet", "--output", tmp_path) == 0
+    assert capsys.readouterr().err == ""
+    assert all("judge_errors" not in row for row in log_of(tmp_path))
 
 
 def test_the_first_layers_are_the_whole_models_up_to_there_and_an_ordinary_checkpoint(pair, tmp_path):

@@ -20,9 +20,11 @@ from tip_kernels.opd.settings import MODELS, PACKAGED, Settings
 
 if TYPE_CHECKING:
     from tip_kernels.opd.ranks import Ranks
+    from tip_kernels.opd.task import Task
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
 NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker", "timeout")
+LUCK = 0.05  # of nonsense answers that may be right: someone's answer may be "?"
 
 
 class Interrupt:
@@ -112,6 +114,23 @@ def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
     return checkpoint.resumed_settings(folder, models | given), checkpoint.latest(folder)
 
 
+def warn_of_judge(task: Task) -> None:
+    """Before a run, of a task that takes anything for an answer. Warnings are said under --quiet, too."""
+    lucky = task.nonsense_right()
+    if lucky > LUCK:
+        line = f"{task.name} counts {100 * lucky:.0f} % of nonsense answers as right, so accuracy on it says little"
+        print(f"tip-kernels opd: warning: {line}", file=sys.stderr, flush=True)
+
+
+def warn_of_errors(task: Task, count: int) -> None:
+    """After a run, of `count` answers at its last evaluation that the task's own scoring could not take."""
+    if count:
+        kinds = f" ({', '.join(sorted(task.errors))})" if task.errors else ""
+        judged = f"{count} of the last {len(task.held_out)} answers"
+        line = f"{task.name} raised an error{kinds} on {judged}, which count as wrong"
+        print(f"tip-kernels opd: warning: {line}", file=sys.stderr, flush=True)
+
+
 def run(options: dict) -> int:
     """One run, or one process of it; returns the exit code."""
     from tip_kernels.opd.ranks import joined
@@ -140,6 +159,8 @@ def run_joined(options: dict, ranks: Ranks) -> int:
     loop = Loop(settings, pair, task, device, ranks)
     if resumed:
         checkpoint.restore(resumed, loop)
+    elif ranks.writes:
+        warn_of_judge(task)
     earlier = loop.counters.seconds
     ranks.decided(lambda: checkpoint.begin(folder, settings, loop.counters.step if resumed else None))
     named = options.get("tracker") if ranks.writes else None
@@ -176,6 +197,7 @@ def run_joined(options: dict, ranks: Ranks) -> int:
         return 130
     if not ranks.writes:
         return 0
+    warn_of_errors(task, loop.counters.judge_errors)
     checkpoint.save_student(folder / "student", loop)
     result = report.summary(loop.counters, settings, device, folder, seconds)
     checkpoint.write_json(folder / "summary.json", result)

@@ -143,6 +143,7 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
         "end_accuracy": counters.end_accuracy,
         "start_kl": counters.start_kl,
         "end_kl": counters.end_kl,
+        "judge_errors": counters.judge_errors,
         "kept_share": counters.kept / counters.rows if counters.rows else None,
         "steps": counters.step,
         "skipped_steps": counters.skipped,

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tip_kernels.opd import UsageError, addition
 
 SPLIT_SEED = 20260414
 GYM_SIZE = 4096
+NONSENSE = ("?", "qwxz", "I do not know.")  # answers to nothing, tried on so many held-out prompts:
+NONSENSE_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class Task:
     )  # (index into held_out, completion, it ended by itself) -> it is right
     max_new_tokens: int
     listed: tuple[str, ...] = ()  # every training prompt, where there is a list of them
+    errors: Counter[str] = field(default_factory=Counter)  # what judging raised, by type: each a wrong answer
+
+    def nonsense_right(self) -> float:
+        """The share of answers to nothing that are right all the same, of a judge that reads them about 0."""
+        if self.judge is None:
+            return 0.0
+        asked = range(min(NONSENSE_PROMPTS, len(self.held_out)))
+        verdicts = [self.judge(i, text, True) for i in asked for text in NONSENSE]
+        return sum(verdicts) / len(verdicts)
 
 
 def load_task(name: str, eval_prompts: int | None) -> Task:
@@ -134,11 +147,18 @@ def _reasoning_gym(name: str, count: int | None) -> Task:
         raise UsageError(f'argument --task: {name} needs reasoning-gym: pip install "tip-kernels[tasks]"') from None
     try:
         dataset = reasoning_gym.create_dataset(name.split(":", 1)[1], size=GYM_SIZE, seed=SPLIT_SEED)
-    except ValueError as error:
+    except Exception as error:  # ValueError where there is none of the name; some need settings, and assert them
         raise UsageError(f"argument --task: expected a reasoning-gym data set, got {name!r} ({error})") from None
     entries = {entry["question"]: entry for entry in dataset}
+    errors: Counter[str] = Counter()
 
     def right(prompt: str, completion: str) -> bool:
-        return dataset.score_answer(completion.strip(), entries[prompt]) >= 1.0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a parser that met an answer of another form
+                return dataset.score_answer(completion.strip(), entries[prompt]) >= 1.0
+        except Exception as error:  # several data sets raise on an ordinary wrong answer
+            errors[type(error).__name__] += 1
+            return False
 
-    return _from_list(name, list(entries), count, right)
+    return replace(_from_list(name, list(entries), count, right), errors=errors)

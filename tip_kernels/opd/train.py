@@ -52,6 +52,7 @@ class Counters:
     start_kl: float | None = None
     end_accuracy: float | None = None
     end_kl: float | None = None
+    judge_errors: int = 0  # answers of the last evaluation that the task's own judge raised an error on
     focus: dict | None = None  # state_dict of AdaKD's focus after its last loss
 
 
@@ -204,11 +205,13 @@ class Loop:
     def evaluate(self) -> dict:
         """Greedy accuracy on the held-out prompts, and the mean KL(student || teacher) per token along those answers.
 
-        Accuracy is None where the task knows no answers. The histogram counts those tokens by the student's entropy,
+        Accuracy is None where the task knows no answers; an answer that its judge raises an error on is wrong, and how
+        many there were is told where there were any. The histogram counts those tokens by the student's entropy,
         in BINS equal bins from 0 to `top`, the entropy of a uniform student.
         """
         began, right, nats, rows = time.perf_counter(), 0, 0.0, 0
         top = math.log(self.pair.student.tokens)
+        self.task.errors.clear()
         counts = torch.zeros(BINS, dtype=torch.int64)
         mine = range(self.ranks.rank, len(self.held_out), self.ranks.count)
         chunk = 4 * self.settings.batch
@@ -223,15 +226,18 @@ class Loop:
             counts += _histogram(stats.entropy_s, top)
             if self.task.judge:
                 right += sum(self.judge(rollouts, indices))
-        right, nats, rows, *tally = self.ranks.total([right, nats, rows, *counts.tolist()])
+        here = [right, nats, rows, self.task.errors.total(), *counts.tolist()]
+        right, nats, rows, raised, *tally = self.ranks.total(here)
         counters, count = self.counters, len(self.held_out)
+        counters.judge_errors = int(raised)
         counters.end_accuracy = right / count if self.task.judge else None
         counters.end_kl = nats / rows
         if counters.step == 0:
             counters.start_accuracy, counters.start_kl = counters.end_accuracy, counters.end_kl
         counters.seconds += time.perf_counter() - began
         histogram = {"top": top, "counts": [int(count) for count in tally]}
-        return {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl, "entropy_histogram": histogram}
+        row = {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl, "entropy_histogram": histogram}
+        return row | ({"judge_errors": counters.judge_errors} if counters.judge_errors else {})
 
     def judge(self, rollouts: Rollouts, indices: Sequence[int]) -> list[bool]:
         """Whether the completions of these held-out prompts are right."""
