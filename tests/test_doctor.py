@@ -248,6 +248,32 @@ def test_interpreter_that_cannot_run_is_no_wrong_number(capsys, monkeypatch):
     assert "interpreter raised TypeError: 'only 0-dimensional arrays" in output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_on_a_gpu_every_kernel_runs_on_rows_of_several_parts(monkeypatch):
+    """Shown on the inputs that a GPU gets, fewer rows of them, by Triton's interpreter."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from tip_kernels.backends.triton import row_stats
+
+    got, launched = [], []
+    monkeypatch.setattr(ops, "_ready_for_kernels", lambda device: None)
+    gpu = replace(cases.case(CPU), device=torch.device("cuda"))
+    monkeypatch.setattr(ops, "case", lambda device, **sizes: cases.case(CPU, n_rows=4, **sizes))
+    launch = InterpretedFunction.__getitem__
+    monkeypatch.setattr(
+        InterpretedFunction,
+        "__getitem__",
+        lambda kernel, grid: launched.append(kernel.fn.__name__) or launch(kernel, grid),
+    )
+    for name in ops.KERNELS:
+        got.append(checks.run(name, ops.CHECKS[name], gpu))
+        assert got[-1].ok, got[-1]
+    sources = (ROOT / "tip_kernels/backends/triton").glob("*.py")
+    kernels = {kernel for source in sources for kernel in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
+    assert len(kernels) >= 5 and set(launched) == kernels
+    assert ops.WIDE > 2 * row_stats.PART
+
+
 def test_kernels_are_not_run_where_triton_is_missing(capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))

@@ -19,6 +19,8 @@ from tip_kernels.doctor import truth
 from tip_kernels.doctor.cases import Case, Compared, case
 from tip_kernels.doctor.checks import Check, NotHere
 
+WIDE = 17_011  # tokens: three parts of a row, each a program's, which the kernels merge
+
 
 def _in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function as one graph, run without a compiler."""
@@ -100,7 +102,7 @@ def _ready_for_kernels(device: torch.device) -> None:
 def _on_kernels(check: Check, full: Case) -> Iterator[Compared]:
     _ready_for_kernels(full.device)
     if full.device.type != "cpu":
-        yield from check(full)
+        yield from check(case(full.device, vocab=WIDE))
         return
     try:  # the interpreter is for tests: where it cannot run, nothing that a user runs is wrong
         found = list(check(case(full.device, n_rows=8, vocab=303)))
