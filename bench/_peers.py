@@ -60,7 +60,8 @@ class Problem:
 def ours(rule: tip.Rule, workspace_mib: float = 256, sweeps: int | None = None) -> Step:
     def step(p: Problem) -> Tensor:
         student, teacher = tip.Head(p.hidden_s, p.weight_s), tip.Head(p.hidden_t, p.weight_t)
-        out = tip.distill(student, teacher, select=rule, workspace_mib=workspace_mib, sweeps=sweeps)
+        how = tip.Execution(sweeps=sweeps)
+        out = tip.distill(student, teacher, select=rule, workspace_mib=workspace_mib, execution=how)
         out.loss.backward()
         return out.loss.detach()
 

@@ -79,7 +79,8 @@ def _measured(sizes: list[tuple[int, int]], sweeps: int | None, repeats: int) ->
         problem.clear()
         peak, _ = peak_transient_mib(lambda problem=problem: step(problem))
         heads = (tip.Head(problem.hidden_s, problem.weight_s), tip.Head(problem.hidden_t, problem.weight_t))
-        plan = tip.distill(*heads, select=tip.SoftOr(0.2), workspace_mib=WORKSPACE_MIB, sweeps=sweeps).plan
+        how = tip.Execution(sweeps=sweeps)
+        plan = tip.distill(*heads, select=tip.SoftOr(0.2), workspace_mib=WORKSPACE_MIB, execution=how).plan
         rows.append(
             {
                 "n": n,

@@ -78,4 +78,5 @@ def test_distill(benchmark, rule, sweeps):
     student, teacher = pair("head")
     if DEVICE == "cuda" and sweeps == 1 and not isinstance(rule, tip.KeepAll):
         pytest.skip("one sweep speculates on a CPU only")
-    benchmark(synchronised(lambda: tip.distill(student, teacher, select=rule, sweeps=sweeps).loss.backward()))
+    how = tip.Execution(sweeps=sweeps)
+    benchmark(synchronised(lambda: tip.distill(student, teacher, select=rule, execution=how).loss.backward()))

@@ -190,7 +190,7 @@ def check_stats(
     truth, eager = (ref.token_stats(z_s[i], None if z_t is None else z_t[i], **asked) for i in (0, 1))
     failures = []
     for name in fields or truth:
-        ours = getattr(stats, name)
+        ours = stats._get(name)
         if truth[name] is None:
             assert ours is None, f"{name} was not asked for"
         elif truth[name].dtype in (torch.bool, torch.int64):
@@ -239,6 +239,15 @@ HEADS = {
     "scale, softcap and bias": {"scale": 1.5, "softcap": 9.0, "bias": normal(1300, seed=40)},
     "vocab_size": {"vocab_size": 1100, "bias": normal(1300, seed=40)},
 }
+
+
+HOW = ("sweeps", "full_stats", "grad_filter", "backward", "grad_scale")
+
+
+def distill(student, teacher, **options):
+    """tip.distill, with the settings of its Execution among the options."""
+    how = {name: options.pop(name) for name in HOW if name in options}
+    return tip.distill(student, teacher, **({"execution": tip.Execution(**how)} if how else {}), **options)
 
 
 class Products(TorchDispatchMode):

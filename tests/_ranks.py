@@ -24,13 +24,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, head_case, labels_for, leaf, normal, relative_error
+from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, distill, head_case, labels_for, leaf, normal, relative_error
 from _interpreter import fuse_multiply_adds
 from torch import Tensor
 
 import tip_kernels as tip
 from tip_kernels.plan import wire
-from tip_kernels.sources.rows import HeadBlock
+from tip_kernels.sources.head import HeadBlock
+from tip_kernels.stats import STATISTICS
 
 RANKS = 4
 BANNED = -(2.0**101)  # a logit so low is banned, and times 0 it is 0
@@ -98,7 +99,7 @@ def head_of_logits(z: Tensor) -> tip.Head:
 
 
 def fields_of(stats: tip.TokenStats) -> dict[str, Tensor]:
-    return {name: x for name, x in vars(stats).items() if not name.startswith("_") and x is not None}
+    return {name: x for name in STATISTICS if (x := stats._get(name)) is not None}
 
 
 def same_on_all_ranks(group: dist.ProcessGroup, what: str, x: Tensor) -> None:
@@ -195,11 +196,11 @@ def vocabulary_parallel_gradients_equal_one_process(group):
             settings = {"select": tip.SoftOr(0.5, scope="batch"), "divergence": divergence, "ce_weight": ce_weight}
             settings |= {"labels": labels, "row_mask": mask, "temperature": temperature, "temperature_sq": i == 2}
             whole = case.leaves().head
-            one = tip.distill(whole, teacher.head, **settings, sweeps=2)
+            one = distill(whole, teacher.head, **settings, sweeps=2)
             one.loss.backward()
             for other in (parts(group, teacher.head), teacher.head):  # a teacher in shards, and a whole one
                 own = parts(group, whole)
-                out = tip.distill(own, other, **settings, workspace_mib=1)
+                out = distill(own, other, **settings, workspace_mib=1)
                 out.loss.backward()
                 what = f"{name}, {loss}"
                 close(f"{what}: loss", out.loss.detach(), one.loss.detach())
@@ -293,12 +294,10 @@ def what_shards_cannot_do_is_refused_alike_on_every_rank(group):
         ),
         "labels: expected values from 0 to 39": lambda: tip.token_stats(own, labels=torch.full((6,), 40)),
         "vocab_group: expected a process group": lambda: tip.Head(hidden, own.weight, vocab_group="tp"),
-        "sweeps: expected 2 or None, since one sweep takes a student's whole Head": lambda: tip.distill(
+        "sweeps: expected 2 or None, since one sweep takes a student's whole Head": lambda: distill(
             tip.Head(hidden, leaf(own.weight), vocab_group=group), own, sweeps=1
         ),
-        "grad_filter: expected None with a vocab_group": lambda: tip.distill(
-            own, own, grad_filter=tip.GradFilter(1e-4)
-        ),
+        "grad_filter: expected None with a vocab_group": lambda: distill(own, own, grad_filter=tip.GradFilter(1e-4)),
     }.items():
         text = refusal(call)
         assert text.startswith(said), text
@@ -313,11 +312,11 @@ def a_dtensor_head_is_gathered_or_with_a_group_measured_in_shards(group):
     mesh = DeviceMesh.from_group(group, "cpu")
     student, teacher = head_case(12, 41, 8, seed=1).leaves().head, head_case(12, 41, 8, seed=2).head
     rank, settings = dist.get_rank(group), {"select": tip.SoftOr(0.5), "divergence": tip.Jeffreys()}
-    tip.distill(student, teacher, **settings).loss.backward()
+    distill(student, teacher, **settings).loss.backward()
     # Tensor parallel: the rows are the same
     weight = distribute_tensor(student.weight.detach(), mesh, [Shard(0)]).requires_grad_()
     hidden = leaf(student.hidden)
-    tip.distill(tip.Head(hidden, weight, vocab_group=group), teacher, **settings).loss.backward()
+    distill(tip.Head(hidden, weight, vocab_group=group), teacher, **settings).loss.backward()
     assert weight.grad.placements == (Shard(0),)
     assert relative_error(weight.grad.full_tensor(), student.weight.grad.double()) <= 3e-6
     assert relative_error(hidden.grad, student.hidden.grad.double()) <= 3e-6
@@ -423,7 +422,7 @@ def distill_over_ranks_adds_up_to_one_process(group):
         ):
             gen = {"generator": torch.Generator().manual_seed(3)} if rule == "RandomRows" else {}
             settings = {"divergence": divergence, "normalizer": normalizer, "workspace_mib": 4}
-            one = tip.distill(
+            one = distill(
                 student, teacher.head, select=getattr(tip, rule)(0.15, scope="batch", **gen), row_mask=mask, **settings
             )
             student.hidden.grad = student.weight.grad = None
@@ -433,7 +432,7 @@ def distill_over_ranks_adds_up_to_one_process(group):
             assert rule == "RandomRows" or scores[-quota] - scores[-quota - 1] > 1e-5
             gen = {"generator": torch.Generator().manual_seed(3)} if rule == "RandomRows" else {}
             hidden, weight = leaf(own(group, student.hidden)), leaf(student.weight)
-            out = tip.distill(
+            out = distill(
                 tip.Head(hidden, weight),
                 tip.Head(own(group, teacher.hidden), teacher.weight),
                 select=getattr(tip, rule)(0.15, scope="global", group=group, **gen),
@@ -488,7 +487,7 @@ def the_wire_carries_what_is_planned(group):
             dist.barrier(group=group)
             before, counted = bytes_received(), Counter()
             with counting(counted):
-                tip.distill(*heads, select=select, sweeps=2).loss.backward()
+                distill(*heads, select=select, sweeps=2).loss.backward()
                 if rows is not None:  # as DDP does
                     dist.all_reduce(heads[0].weight.grad, group=rows)
             dist.barrier(group=group)
@@ -531,19 +530,19 @@ def shards_of_the_vocabulary_and_of_the_rows_go_together(group):
     rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
     shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
     student, teacher = head_case(30, 50, 8, seed=30).leaves().head, head_case(30, 50, 8, seed=31)
-    one = tip.distill(student, teacher.head, select=tip.SoftOr(0.3, scope="batch"))
+    one = distill(student, teacher.head, select=tip.SoftOr(0.3, scope="batch"))
     one.loss.backward()
     mine = slice(0, 19) if rank < 2 else slice(19, 30)
     hidden, weight = leaf(student.hidden[mine]), leaf(shard(shards, student.weight))
     own_head = tip.Head(hidden, weight, vocab_group=shards)
     own_teacher = tip.Head(teacher.hidden[mine], teacher.weight)
-    out = tip.distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global", group=rows))
+    out = distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global", group=rows))
     out.loss.backward()
     assert torch.equal(out.kept.mask, one.kept.mask[mine])
     dist.all_reduce(weight.grad, group=rows)
     assert relative_error(weight.grad, shard(shards, student.weight.grad).double()) <= 3e-6
     assert relative_error(hidden.grad, student.hidden.grad[mine].double()) <= 3e-6
-    text = refusal(lambda: tip.distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global")))
+    text = refusal(lambda: distill(own_head, own_teacher, select=tip.SoftOr(0.3, scope="global")))
     assert text.startswith("select: expected a group beside scope 'global'"), text
 
 
@@ -586,7 +585,7 @@ def a_step_of_the_main_job_is_that_of_one_process_on_all_rollouts(group):
             loop.student, loop.counters.step = pair.student, 0
             choice = loop.choice(seen[0].mask) | {"normalizer": 1.0}
             heads = [train_head(side, seen[0]) for side in (pair.student, pair.teacher)]
-            out = tip.distill(*heads, divergence=loop.divergence, **choice)
+            out = distill(*heads, divergence=loop.divergence, **choice)
             out.loss.backward()
             kept, loss = loop.ranks.total([int(out.kept.mask.sum()), out.loss.item()])
             assert row["kept"] == kept and row["rows"] == loop.ranks.total([int(seen[0].mask.sum())])[0]
@@ -613,7 +612,7 @@ def the_readme_s_block_runs(group):
     names |= {"teacher": tip.Head(teacher.hidden[rank // 2 * 10 :][:10], teacher.weight)}
     exec(block, names | {"tensor_parallel_group": shards, "data_parallel_group": rows})
     whole = case.leaves()
-    tip.distill(whole.head, teacher, select=tip.SoftOr(0.2, scope="batch")).loss.backward()
+    distill(whole.head, teacher, select=tip.SoftOr(0.2, scope="batch")).loss.backward()
     dist.all_reduce(weight.grad, group=rows)
     assert relative_error(weight.grad / 2, shard(shards, whole.weight.grad).double()) <= 3e-6
 

@@ -283,7 +283,7 @@ def test_bad_arguments_of_temperatures_are_named(argument, value):
 
 
 def test_temperatures_without_the_statistic_are_refused():
-    with pytest.raises(ValueError, match="difficulty_temperature reads hellinger_sq, which is None"):
+    with pytest.raises(ValueError, match="difficulty_temperature reads hellinger_sq, which was not measured"):
         difficulty_temperature(tip.token_stats(torch.zeros(2, 3)))
 
 

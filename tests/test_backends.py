@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import check_stats, head_case, labels_for, normal
+from _cases import check_stats, distill, head_case, labels_for, normal
 
 import tip_kernels as tip
 from tip_kernels.backends.triton import linear_stats
 from tip_kernels.learn import gradient_sweep as sweeps
 from tip_kernels.measure.sweep import measure
-from tip_kernels.sources.rows import rows_of
+from tip_kernels.sources.pair import Pair, rows_of
+from tip_kernels.stats import STATISTICS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -60,7 +60,7 @@ def learn(backend: str, source: str, divergence: tip.Divergence, **settings) -> 
     leaves, student, teacher = problem(source)
     labels = torch.arange(N, device=DEVICE) * 50
     with tip.backend(backend):
-        out = tip.distill(student, teacher, select=tip.SoftOr(4), divergence=divergence, labels=labels, **settings)
+        out = distill(student, teacher, select=tip.SoftOr(4), divergence=divergence, labels=labels, **settings)
         grads = torch.autograd.grad(out.loss, leaves)
     return out.loss.detach(), *grads
 
@@ -133,8 +133,8 @@ FUSED_CASES = {
 }
 
 
-def on_cpu(stats: tip.TokenStats) -> SimpleNamespace:
-    return SimpleNamespace(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(stats).items()})
+def on_cpu(stats: tip.TokenStats) -> tip.TokenStats:
+    return tip.TokenStats(**{name: value.cpu() for name in STATISTICS if (value := stats._get(name)) is not None})
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_fused_statistics_of_heads_are_no_worse_than_eager_fp32(fused, name, dty
         on = {"labels": labels.to(DEVICE), "temperature": tau.to(DEVICE)}
         both, alone = tip.token_stats(student, teacher, **on), tip.token_stats(student, **on)
         mask = torch.arange(20) % 3 == 1
-        out = tip.distill(student, teacher, select=tip.KeepAll(), row_mask=mask, full_stats=True, sweeps=2, **on)
+        out = distill(student, teacher, select=tip.KeepAll(), row_mask=mask, full_stats=True, sweeps=2, **on)
     assert fused == [20, 20, 7]
     check_stats(on_cpu(both), *truth, labels=labels)
     check_stats(on_cpu(alone), truth[0], labels=labels)
@@ -171,9 +171,9 @@ def test_fused_statistics_of_heads_are_no_worse_than_eager_fp32(fused, name, dty
 
 def test_fused_measuring_keeps_to_its_workspace(fused):
     student, teacher = (head_case(200, 700, 40, seed).to(torch.float16) for seed in (1, 3))
-    rows = tuple(rows_of(case.head, "student") for case in (student, teacher))
+    pair = Pair(*(rows_of(case.head, "student") for case in (student, teacher)))
     with tip.backend("triton"):
-        whole, small = (measure(*rows, frozenset({"kl_rev"}), workspace=size) for size in (2**24, 2**16))
+        whole, small = (measure(pair, frozenset({"kl_rev"}), workspace=size) for size in (2**24, 2**16))
     assert fused[0] == 200 and len(fused) > 3 and max(fused[1:]) < 100
     torch.testing.assert_close(whole["kl_rev"], small["kl_rev"], rtol=1e-6, atol=2e-6)
 
@@ -234,7 +234,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch, source: str, **settings) -> None:
     else:
         leaves = [empty(24, 64).requires_grad_(), empty(9000, 64).requires_grad_()]
         student, teacher = tip.Head(*leaves, softcap=30.0), tip.Head(empty(24, 128), empty(9000, 128))
-    tip.distill(student, teacher, **settings).loss.backward()
+    distill(student, teacher, **settings).loss.backward()
     assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import HeadCase, head_case, leaf, normal
+from _cases import HeadCase, distill, head_case, leaf, normal
 from torch import Tensor
 
 import tip_kernels as tip
@@ -21,7 +21,7 @@ def models(**options) -> tuple[HeadCase, HeadCase]:
 def gradients(case: HeadCase, teacher: HeadCase, scale: float = 1.0, **options) -> list[Tensor]:
     """Of the plain way: a loss, and its backward."""
     case = case.leaves()
-    (scale * tip.distill(case.head, teacher.head, **options).loss).backward()
+    (scale * distill(case.head, teacher.head, **options).loss).backward()
     return [x.grad for x in case.tensors]
 
 
@@ -41,9 +41,9 @@ def test_backward_at_once_adds_to_the_gradient_that_exists(rule, sweeps, normali
     for x, g in zip(case.tensors, before, strict=True):
         x.grad = g.clone()
     place = case.weight.grad.data_ptr()
-    out = tip.distill(case.head, teacher.head, backward=True, grad_scale=torch.tensor(3.0), **options)
+    out = distill(case.head, teacher.head, backward=True, grad_scale=torch.tensor(3.0), **options)
     assert not out.loss.requires_grad and case.weight.grad.data_ptr() == place
-    torch.testing.assert_close(out.loss, tip.distill(student.head, teacher.head, **options | {"sweeps": 2}).loss)
+    torch.testing.assert_close(out.loss, distill(student.head, teacher.head, **options | {"sweeps": 2}).loss)
     close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
     for x, g, b in zip(case.tensors, expected, before, strict=True):
         torch.testing.assert_close(x.grad, b + g, **close)
@@ -53,7 +53,7 @@ def test_backward_at_once_adds_to_the_gradient_that_exists(rule, sweeps, normali
 def test_backward_at_once_makes_the_first_gradient(sweeps):
     student, teacher = models()
     case = student.leaves()
-    tip.distill(case.head, teacher.head, backward=True, grad_scale=0.5, sweeps=sweeps)
+    distill(case.head, teacher.head, backward=True, grad_scale=0.5, sweeps=sweeps)
     for x, g in zip(case.tensors, gradients(student, teacher, 0.5, sweeps=sweeps), strict=True):
         torch.testing.assert_close(x.grad, g, rtol=1e-4, atol=1e-7)
 
@@ -64,7 +64,7 @@ def test_a_main_grad_takes_the_gradient_and_grad_stays_none(rule, sweeps):
     student, teacher = (case.to(torch.bfloat16) for case in models())
     case = student.leaves()
     case.weight.main_grad = torch.ones(V, WIDTH)
-    tip.distill(case.head, teacher.head, select=RULES[rule], backward=True, sweeps=sweeps)
+    distill(case.head, teacher.head, select=RULES[rule], backward=True, sweeps=sweeps)
     assert case.weight.grad is None and case.hidden.grad is not None
     expected = gradients(student, teacher, select=RULES[rule], sweeps=sweeps)[1].float()
     torch.testing.assert_close(case.weight.main_grad - 1, expected, rtol=1e-2, atol=1e-6)
@@ -77,7 +77,7 @@ def test_the_gradient_flows_on_into_a_backbone_and_a_tied_embedding():
         weight, mix = leaf(normal(V, WIDTH, seed=7)), leaf(normal(WIDTH, WIDTH, seed=8))
         weight.grad, mix.grad = torch.ones(V, WIDTH), torch.ones(WIDTH, WIDTH)
         hidden = torch.tanh(weight[torch.arange(N)] @ mix)
-        out = tip.distill(tip.Head(hidden, weight), teacher.head, backward=at_once)
+        out = distill(tip.Head(hidden, weight), teacher.head, backward=at_once)
         if not at_once:
             out.loss.backward()
         grads.append((weight.grad, mix.grad))
@@ -90,7 +90,7 @@ def test_hooks_see_the_gradient_of_a_backward_at_once():
     case, seen = student.leaves(), []
     case.weight.grad = torch.zeros(V, WIDTH)
     case.weight.register_hook(lambda g: seen.append(g.clone()))
-    tip.distill(case.head, teacher.head, backward=True)
+    distill(case.head, teacher.head, backward=True)
     torch.testing.assert_close(seen[0], case.weight.grad)
 
 
@@ -98,9 +98,9 @@ def test_frozen_leaves_stay_frozen_in_a_backward_at_once():
     student, teacher = models()
     case = student.leaves()
     case.weight.requires_grad_(False)
-    tip.distill(case.head, teacher.head, backward=True)
+    distill(case.head, teacher.head, backward=True)
     assert case.weight.grad is None and case.hidden.grad is not None
-    tip.distill(student.head, teacher.head, backward=True)  # nothing wants a gradient
+    distill(student.head, teacher.head, backward=True)  # nothing wants a gradient
 
 
 @pytest.mark.parametrize("rule, options", [(tip.SoftOr(0.1), {}), (tip.KeepAll(), {"normalizer": 100.0})])
@@ -111,8 +111,8 @@ def test_no_second_buffer_of_the_heads_size_is_made(rule, options, sweeps):
     student.weight.grad, student.hidden.grad = torch.zeros(vocab, width), torch.zeros(64, width)
     options |= {"select": rule, "sweeps": sweeps, "workspace_mib": 12}
     head_mib = 4 * width * vocab / 2**20
-    at_once, _ = peak_transient_mib(lambda: tip.distill(student.head, teacher.head, backward=True, **options))
-    plain, _ = peak_transient_mib(lambda: tip.distill(student.head, teacher.head, **options).loss.backward())
+    at_once, _ = peak_transient_mib(lambda: distill(student.head, teacher.head, backward=True, **options))
+    plain, _ = peak_transient_mib(lambda: distill(student.head, teacher.head, **options).loss.backward())
     assert at_once < 0.7 * head_mib and plain > head_mib
 
 
@@ -129,7 +129,7 @@ def test_a_kept_row_of_infinite_loss_has_no_part_in_a_backward_at_once(sweeps):
     for at_once in (False, True):
         case = student.leaves()
         case.weight.grad = torch.zeros(V, WIDTH)
-        out = tip.distill(case.head, other, backward=at_once, **options)
+        out = distill(case.head, other, backward=at_once, **options)
         assert out.plan.dropped_rows == 2
         if not at_once:
             out.loss.backward()
@@ -140,11 +140,11 @@ def test_a_kept_row_of_infinite_loss_has_no_part_in_a_backward_at_once(sweeps):
 def test_a_scale_without_backward_is_refused():
     student, teacher = models()
     with pytest.raises(ValueError, match=r"^grad_scale: expected 1 without backward=True"):
-        tip.distill(student.head, teacher.head, grad_scale=2.0)
+        distill(student.head, teacher.head, grad_scale=2.0)
     with pytest.raises(ValueError, match=r"^grad_scale: expected a finite number above 0"):
-        tip.distill(student.head, teacher.head, grad_scale=-1.0, backward=True)
+        distill(student.head, teacher.head, grad_scale=-1.0, backward=True)
     with pytest.raises(ValueError, match=r"^backward: expected a bool"):
-        tip.distill(student.head, teacher.head, backward=1)
+        distill(student.head, teacher.head, backward=1)
 
 
 # Leaving small tiles out
@@ -165,7 +165,7 @@ def test_a_filter_skips_rare_tokens_within_its_bounds_and_says_how_many(rule, sw
     options = {"select": RULES[rule], "sweeps": sweeps}
     exact = gradients(student, teacher, **options)
     sieve, case = tip.GradFilter(2.0**-12), student.leaves()
-    out = tip.distill(case.head, teacher.head, grad_filter=sieve, **options)
+    out = distill(case.head, teacher.head, grad_filter=sieve, **options)
     out.loss.backward()
     assert 0.2 < sieve.share < 0.9 and 0 < sieve.mass < 0.05
     rows = out.kept.row_ids
@@ -191,7 +191,7 @@ def test_the_mean_row_makes_up_for_most_of_what_was_dropped():
     ours = gradients(student, teacher, grad_filter=sieve)[0]
     kept = exact.abs().sum(1) > 0
     z = leaf(student.logits())
-    out = tip.distill(student.head, teacher.head)
+    out = distill(student.head, teacher.head)
     g = torch.autograd.grad(tip.divergence_loss(z, teacher.logits(), kept=out.kept).sum(), z)[0][kept] / kept.sum()
     uncorrected = torch.where(g.abs() * kept.sum() < 2.0**-10, g, 0.0) @ student.weight
     assert (ours - exact).norm() < 0.5 * uncorrected.norm()

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from _cases import HOW, distill
 from torch import Tensor
 
 import tip_kernels as tip
@@ -224,6 +225,8 @@ GRAD_SCALES = [
     ("without backward", 2.0, "1 without backward=True"),
     ("a vector", ones(2), r"a \(\) tensor with backward=True"),
 ]
+EXECUTION = "a tip_kernels.Execution"
+EXECUTIONS = [("none", None, EXECUTION), ("a dict", {}, EXECUTION), ("the class", tip.Execution, EXECUTION)]
 FLAGS = [("a string", "no", "a bool"), ("an int", 1, "a bool"), ("none", None, "a bool")]
 
 
@@ -267,7 +270,7 @@ CALLS = {
         ],
     ),
     "distill": (
-        tip.distill,
+        distill,
         [
             *SHARED,
             ("teacher", [("none", None, LOGITS)]),
@@ -286,6 +289,7 @@ CALLS = {
             ("grad_filter", GRAD_FILTERS),
             ("backward", FLAGS),
             ("grad_scale", GRAD_SCALES),
+            ("execution", EXECUTIONS),
         ],
     ),
 }
@@ -491,6 +495,8 @@ def test_every_argument_of_every_public_name_has_a_case():
     """A new argument fails here until it stands in one of the tables above."""
     tabled = {name: set(bad) for name, bad in EVERY.items()}
     tabled |= {call: {argument for argument, _ in arguments} for call, (_, arguments) in CALLS.items()}
+    tabled["Execution"] = set(HOW)
+    tabled["distill"] -= tabled["Execution"]
     tabled |= {"Head": {argument for argument, *_ in HEAD}, "backend": {"name"}}
     for name in set(tip.__all__) - MADE_HERE - BASES:
         wanted = set(inspect.signature(getattr(tip, name)).parameters) - (COUNTERS if name == "GradFilter" else set())

@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import numpy as np
 import pytest
 import torch
-from _cases import INF, NAN, leaf, normal
+from _cases import INF, NAN, distill, leaf, normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
-from tip_kernels.distillation import one_sweep
+from tip_kernels import workspace
 
 Inputs = dict[str, Tensor]
 N, V, WIDTH_S, WIDTH_T, K = 8, 60, 12, 20, 4
@@ -87,6 +87,8 @@ class Op:
 def tensors_of(result: object) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
+    if isinstance(result, tip.TokenStats):
+        return list(result._measured.values())
     if is_dataclass(result):
         result = [getattr(result, f.name) for f in fields(result)]
     if isinstance(result, (tuple, list)):
@@ -146,13 +148,13 @@ def ops_of_torch() -> Iterator[tuple[str, Op]]:
             yield op(
                 f"distill by {type(rule).__name__}",
                 kind,
-                lambda x, s, t, rule=rule: tip.distill(s, t, select=rule, normalizer=7.0),
+                lambda x, s, t, rule=rule: distill(s, t, select=rule, normalizer=7.0),
                 learns=True,
             )
         yield op(
             "distill with everything",
             kind,
-            lambda x, s, t, listed=listed: tip.distill(
+            lambda x, s, t, listed=listed: distill(
                 s,
                 t,
                 select=tip.TopDivergence(2),
@@ -176,7 +178,7 @@ def ops_of_torch() -> Iterator[tuple[str, Op]]:
             yield op(
                 "distill by adakd",
                 kind,
-                lambda x, s, t: tip.distill(s, t, **tip.adakd(0.5, row_mask=x["row_mask"])),
+                lambda x, s, t: distill(s, t, **tip.adakd(0.5, row_mask=x["row_mask"])),
                 learns=True,
             )
             for method in ("logit_diff", "kl_div", "loss_contribution", "hellinger", "soft_or", "teachability"):
@@ -193,7 +195,7 @@ def ops_of_torch() -> Iterator[tuple[str, Op]]:
             yield op(
                 f"distill in {sweeps}, {type(rule).__name__}",
                 "heads",
-                lambda x, s, t, rule=rule, sweeps=sweeps: tip.distill(
+                lambda x, s, t, rule=rule, sweeps=sweeps: distill(
                     s, t, select=rule, sweeps=sweeps, divergence=tip.ToDi()
                 ),
                 learns=True,
@@ -227,7 +229,7 @@ every_loss = pytest.mark.parametrize("op", [name for name, op in OPS.items() if 
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(one_sweep, "ROWS", {"cpu": (1, 3)})
+    monkeypatch.setattr(workspace, "ROWS", {"cpu": (1, 3)})
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -416,7 +418,7 @@ def stateful() -> dict[str, object]:
     divergences = [tip.ReverseKL(), 0.5 * tip.ForwardKL() + tip.JSD(0.2), tip.Renyi(0.5).clipped(3.0), tip.ToDi()]
     made = {repr(one): one for one in [*rules, *divergences]}
     sieve = tip.GradFilter(1e-3)
-    out = tip.distill(head_s(x), head_t(x), grad_filter=sieve)
+    out = distill(head_s(x), head_t(x), grad_filter=sieve)
     kept = tip.SoftOr(0.5)(stats)
     return made | {
         "stats": stats,
@@ -432,6 +434,8 @@ def stateful() -> dict[str, object]:
 def contents(value: object) -> list[object]:
     if isinstance(value, Tensor):
         return [value.shape, value.dtype, value.nan_to_num(7e7).tolist()]
+    if isinstance(value, tip.TokenStats):
+        return [type(value), contents(vars(value))]
     if is_dataclass(value):
         return [type(value), *(contents(getattr(value, f.name)) for f in fields(value))]
     if isinstance(value, tip.AdaptiveFocus):
@@ -533,7 +537,7 @@ def test_a_head_whose_hidden_states_lie_past_two_to_the_31_elements():
     results = []
     for hidden in (far.clone(memory_format=torch.contiguous_format), far):
         hidden, w = hidden.detach(), weight.clone().requires_grad_()
-        out = tip.distill(tip.Head(hidden, w), x["teacher"], select=tip.KeepAll())
+        out = distill(tip.Head(hidden, w), x["teacher"], select=tip.KeepAll())
         results.append([out.loss.detach(), *torch.autograd.grad(out.loss, w)])
     assert same(*results)
 
@@ -569,7 +573,7 @@ def test_a_large_batch_of_one_row_is_that_row():
         value = getattr(stats, name)
         assert value.isfinite().all() and (value == value[0]).all(), name
     close([tip.token_stats(row_s, row_t).kl_rev], [stats.kl_rev[-1:]])
-    out = tip.distill(student, teacher, select=tip.PositionPrefix(7, scope="batch"))
+    out = distill(student, teacher, select=tip.PositionPrefix(7, scope="batch"))
     out.loss.backward()
     assert student.grad[7:].count_nonzero() == 0 and (student.grad[:7] == student.grad[0]).all()
 
@@ -622,7 +626,7 @@ def test_a_broken_row_is_not_kept_or_else_dropped_and_nothing_is_learned_from_it
             x[broken][2, 7] = fault
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            out = tip.distill(x["student"], x["teacher"], select=rule)
+            out = distill(x["student"], x["teacher"], select=rule)
         out.loss.backward()
         dropped = int(out.plan.dropped_rows)
         assert dropped == int(out.kept.mask[2]) == len(said) and out.loss.isfinite()
@@ -692,7 +696,7 @@ def test_what_runs_out_of_memory_fits_in_a_smaller_workspace(kind):
     leaves = [x[name] for name in READS[kind] if name in LEAVES]
 
     def step(workspace_mib: float) -> list[Tensor]:
-        out = tip.distill(*pair(kind, x), select=tip.SoftOr(0.2), workspace_mib=workspace_mib, sweeps=2)
+        out = distill(*pair(kind, x), select=tip.SoftOr(0.2), workspace_mib=workspace_mib, sweeps=2)
         return [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
 
     expected = step(256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import head_case
+from _cases import distill, head_case
 
 import tip_kernels as tip
 from tip_kernels.__main__ import main
@@ -29,7 +29,7 @@ def test_the_units_are_those_of_a_step(width_t):
         (tip.RandomRows(0.2), 1, "one sweep, rows known"),
     ]:
         case = student.leaves()
-        out = tip.distill(case.head, teacher.head, select=rule, sweeps=sweeps)
+        out = distill(case.head, teacher.head, select=rule, sweeps=sweeps)
         taken = out.plan.units  # of either head
         if width_t == 32:
             assert taken == pytest.approx(planned[strategy].units, abs=0.02), strategy

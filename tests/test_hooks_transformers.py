@@ -346,7 +346,7 @@ def test_ddp_reduces_the_gradients_of_a_head(unused, tmp_path):
         assert all(torch.allclose(plain[name], again[name]) for name in plain)
         tokens = batch_of() | {"labels": batch_of()["input_ids"]}
         with pytest.raises(ValueError, match="backward: expected False with DDP"):
-            distill_batch(wrapped, model, tokens, backward=True)
+            distill_batch(wrapped, model, tokens, execution=tip.Execution(backward=True))
         static = nn.parallel.DistributedDataParallel(model, static_graph=True)
         with pytest.raises(ValueError, match="static_graph"):
             head_of(static, **batch_of())
@@ -479,8 +479,8 @@ def test_labels_are_given_where_the_loss_reads_them():
     out = distill_batch(student, teacher, batch, select=tip.KeepAll(), ce_weight=1.0)
     assert out.loss.item() == pytest.approx(student(**batch).loss.item(), rel=1e-5)
     sampled = distill_batch(student, teacher, batch, select=tip.KeepAll(), divergence=tip.SampledReverseKL())
-    assert sampled.loss.isfinite() and sampled.stats.logp_s is not None
-    assert distill_batch(student, teacher, batch).stats.logp_s is None
+    assert sampled.loss.isfinite() and hasattr(sampled.stats, "logp_s")
+    assert not hasattr(distill_batch(student, teacher, batch).stats, "logp_s")
 
 
 @pytest.mark.parametrize("at_once", [False, True])

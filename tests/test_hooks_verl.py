@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from _cases import distill
 
 import tip_kernels as tip
 from tip_kernels.hooks import verl as hook
@@ -174,7 +175,7 @@ def by_hand(student, teacher, rule, divergence):
     rows, rollouts = (torch.tensor(column) for column in zip(*response_rows(), strict=True))
     z = student.detach()[0, rows].requires_grad_()
     teacher = teacher[rows] if isinstance(teacher, torch.Tensor) else tip.TopK(teacher.ids[rows], teacher.logp[rows])
-    out = tip.distill(z, teacher, select=rule, divergence=divergence, rollout_ids=rollouts, full_stats=True)
+    out = distill(z, teacher, select=rule, divergence=divergence, rollout_ids=rollouts, full_stats=True)
     out.loss.backward()
     return out, torch.zeros_like(student).index_add_(1, rows, z.grad.unsqueeze(0)), rows
 
@@ -263,7 +264,7 @@ def test_select_rows_are_those_that_distill_keeps_and_info_their_means():
     student, teacher = (torch.randn(B, L, V, generator=generator) for _ in range(2))
     mask = (torch.rand(B, L, generator=generator) < 0.7).long()
     ids, info = hook.select_rows(student, teacher, mask, select=tip.SoftOr(0.3))
-    out = tip.distill(student, teacher, select=tip.SoftOr(0.3), row_mask=mask.bool(), full_stats=True)
+    out = distill(student, teacher, select=tip.SoftOr(0.3), row_mask=mask.bool(), full_stats=True)
     assert torch.equal(ids, out.kept.row_ids) and mask.flatten()[ids].all() and ids.dtype == torch.int64
     rows = mask.flatten().bool()
     assert info["tip/kept_frac"] == pytest.approx(len(ids) / int(mask.sum()))

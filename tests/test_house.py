@@ -21,10 +21,8 @@ from tip_kernels.inspect import save_statistics
 NOT_YET_IN_SECTIONS = {
     "JSD",
     "AlphaBeta",
-    "Distilled",
     "GradFilter",
     "Head",
-    "Plan",
     "Renyi",
     "SampledReverseKL",
     "SkewForwardKL",
@@ -32,9 +30,7 @@ NOT_YET_IN_SECTIONS = {
     "ToDi",
     "TokenStats",
     "TopK",
-    "distill",
     "divergence_loss",
-    "token_stats",
 }
 
 

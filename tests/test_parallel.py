@@ -19,7 +19,7 @@ from _cases import head_case
 
 import tip_kernels as tip
 from tip_kernels.distillation.batch import Batch
-from tip_kernels.sources.rows import HeadRows
+from tip_kernels.sources.head import HeadRows
 
 
 @pytest.fixture(scope="module")

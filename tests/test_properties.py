@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from _cases import INF, NAN, STATISTIC_FLOOR, ULP, check_gradient, no_worse
+from _cases import INF, NAN, STATISTIC_FLOOR, ULP, check_gradient, distill, no_worse
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from test_divergences import FAMILY, SCALE
@@ -31,9 +31,10 @@ from reference import select as ref_select
 from tip_kernels import _checks
 from tip_kernels.distillation import one_sweep
 from tip_kernels.select.rule import Kept
+from tip_kernels.stats import STATISTICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PUBLIC = [f.name for f in fields(tip.TokenStats) if not f.name.startswith("_")]
+PUBLIC = STATISTICS
 TOPK_VALUES = {
     "forward": ref.topk_forward_kl,
     "reverse": ref.topk_reverse_kl,
@@ -686,12 +687,12 @@ def check_distill(problem: Problem) -> None:
         "backward": case.at_once,
     }
     try:
-        out = tip.distill(student.public(), problem.public_teacher, sweeps=case.sweeps, **options)
+        out = distill(student.public(), problem.public_teacher, sweeps=case.sweeps, **options)
     except ValueError as refused:
         if case.sweeps != 1 or not str(refused).startswith("sweeps: expected 2 or None"):
             raise
         options["select"] = rule_of(case)
-        out = tip.distill(student.public(), problem.public_teacher, sweeps=None, **options)
+        out = distill(student.public(), problem.public_teacher, sweeps=None, **options)
     else:
         assert case.sweeps != 1 or out.plan.strategy == "one sweep"
     if not case.at_once:
@@ -747,7 +748,7 @@ def check_selection(problem: Problem, out: tip.Distilled) -> None:
     reference = QUOTA_RULES.get(case.rule, (None, None))[1]
     if reference is None:
         return
-    columns = {name: value for name in PUBLIC if (value := getattr(out.stats, name)) is not None}
+    columns = {name: value for name in PUBLIC if (value := out.stats._get(name)) is not None}
     columns = columns or {"entropy_s": torch.zeros(case.n_rows)}
     if where["rollout_ids"] is None and len(case.shape) == 2:
         where["rollout_ids"] = torch.arange(case.n_rows) // max(case.shape[1], 1)

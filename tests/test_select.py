@@ -711,10 +711,10 @@ def test_a_bad_mask_or_rollout_id_is_refused(rule, where):
 @pytest.mark.parametrize(
     "rule, message",
     [
-        (sel.SoftOr(0.5), "SoftOr reads kl_rev, which is None: measure it with a teacher"),
-        (sel.TopMargin(0.5), "TopMargin reads margin_t, which is None: measure it with a teacher and margins=True"),
-        (sel.TopDivergence(0.5, by="logp_s"), "TopDivergence reads logp_s, which is None: measure it with labels"),
-        (sel.Threshold("mass_t_on_top_s"), "Threshold reads mass_t_on_top_s, which is None: .* top_k"),
+        (sel.SoftOr(0.5), "SoftOr reads kl_rev, which was not measured: pass a teacher"),
+        (sel.TopMargin(0.5), "TopMargin reads margin_t, which was not measured: pass a teacher and margins=True"),
+        (sel.TopDivergence(0.5, by="logp_s"), "TopDivergence reads logp_s, which was not measured: pass labels"),
+        (sel.Threshold("mass_t_on_top_s"), "Threshold reads mass_t_on_top_s, which was not measured: .* top_k"),
         (sel.quadrants, "quadrants reads kl_rev"),
     ],
 )

@@ -260,7 +260,7 @@ def test_rules_are_values_that_say_what_they_read(rule):
     assert torch.equal(rule(stats).mask, rule(stats).mask)
     for name in rule.needs:
         rest = tip.TokenStats(**{field: x for field, x in as_dict(stats).items() if field != name}, _batch_shape=(4, 6))
-        with pytest.raises(ValueError, match=f"{type(rule).__name__} reads {name}, which is None"):
+        with pytest.raises(ValueError, match=f"{type(rule).__name__} reads {name}, which was not measured"):
             rule(rest)
 
 

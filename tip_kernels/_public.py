@@ -5,8 +5,9 @@ from tip_kernels import _versions
 _versions.check("torch", "triton")
 
 from tip_kernels.backends.choice import backend
-from tip_kernels.distillation.distill import Distilled, Plan, distill
+from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.importance import token_importance
+from tip_kernels.distillation.options import Execution, Plan
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import (
     JSD,
@@ -24,6 +25,7 @@ from tip_kernels.learn.divergences import (
     ToDi,
 )
 from tip_kernels.learn.head_gradients import GradFilter
+from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
 from tip_kernels.select.papers import (
     CrossEntropyRatio,
@@ -47,9 +49,9 @@ from tip_kernels.select.rule import (
     TopMargin,
     quadrants,
 )
-from tip_kernels.sources.rows import Head
+from tip_kernels.sources.head import Head
 from tip_kernels.sources.topk import TopK
-from tip_kernels.stats import TokenStats, token_stats
+from tip_kernels.stats import TokenStats
 
 __all__ = [
     "JSD",
@@ -60,6 +62,7 @@ __all__ = [
     "Distilled",
     "Divergence",
     "EntropyGap",
+    "Execution",
     "ForwardKL",
     "GradFilter",
     "GreedyAgreement",

@@ -1,67 +1,45 @@
-"""The rows of one distill call: which are measured, which were found NaN, and how many products that took."""
+"""The rows of one distill call: which are measured, which were found invalid, and how many products that took."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import flat_rows
-from tip_kernels.backends.eager.online import Blend
-from tip_kernels.distributed import collectives as parallel
+from tip_kernels.distributed import collectives
 from tip_kernels.learn.divergences import Divergence
-from tip_kernels.measure.sweep import (
-    LABEL_FIELDS,
-    PRIVATE_FIELDS,
-    STUDENT_FIELDS,
-    TEACHER_FIELDS,
-    TOP_FIELDS,
-    measure,
-    with_logits,
-)
+from tip_kernels.measure.ops import measure
+from tip_kernels.measure.token_stats import stats_record
 from tip_kernels.select.rule import Kept, Rule, spans_ranks
-from tip_kernels.sources.rows import Rows
-from tip_kernels.sources.topk import TopKRows
-from tip_kernels.stats import TokenStats, stats_record
-
-_FIELDS = (*(f.name for f in fields(TokenStats) if not f.name.startswith("_")), *PRIVATE_FIELDS)
-Fields = dict[str | Blend, Tensor]
+from tip_kernels.sources.pair import Pair, Request
+from tip_kernels.stats import LABEL_FIELDS, STUDENT_FIELDS, TEACHER_FIELDS, TOP_FIELDS, Blend, Fields, TokenStats
 
 
 class Batch:
-    """The rows of one distill call: which are measured, which were found NaN, and how many products that took."""
+    """The rows of one distill call: which are measured, which were found invalid, and how many products that took."""
 
-    def __init__(
-        self,
-        student: Rows,
-        teacher: Rows | TopKRows,
-        labels: Tensor | None,
-        row_mask: Tensor | None,
-        rollout_ids: Tensor | None,
-        workspace: int,
-    ) -> None:
-        self.student, self.teacher, self.labels, self.workspace = student, teacher, labels, workspace
-        self.n_rows = student.n_rows
-        self.n_rollouts = math.prod(student.batch_shape[:-1])
-        if isinstance(rollout_ids, Tensor) and rollout_ids.device == student.device:
+    def __init__(self, request: Request) -> None:
+        pair = request.pair
+        self.pair, self.labels, self.workspace = pair, request.labels, request.workspace
+        self.alone = Pair(pair.student)
+        self.n_rows = pair.n_rows
+        self.n_rollouts = math.prod(pair.student.batch_shape[:-1])
+        self.rollout_ids = request.rollout_ids
+        if isinstance(request.rollout_ids, Tensor) and request.rollout_ids.device == pair.device:
             # on a GPU the one wait, before anything is measured; a graph cannot wait and takes the most there may be
             compiling = torch.compiler.is_compiling()
-            self.n_rollouts = self.n_rows if compiling else torch.unique(rollout_ids).numel()
+            self.n_rollouts = self.n_rows if compiling else torch.unique(request.rollout_ids).numel()
         self.units = 0.0
         self.top_k = 0
         self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
+        row_mask = request.row_mask
         if row_mask is None:
-            row_mask = torch.ones(self.n_rows, dtype=torch.bool, device=student.device)
-        else:
-            on_cpu = isinstance(row_mask, Tensor) and row_mask.device.type == "cpu"
-            device = row_mask.device if on_cpu else student.device
-            row_mask = flat_rows("row_mask", row_mask, student.batch_shape, (torch.bool,), device)
-            if on_cpu:
-                self.trainable = row_mask.nonzero().squeeze(1).to(student.device)
-        self.row_mask = row_mask.to(student.device)
-        self.sane = self.row_mask  # unmasked rows without those that a measurement found NaN
+            row_mask = torch.ones(self.n_rows, dtype=torch.bool, device=pair.device)
+        elif row_mask.device.type == "cpu":
+            self.trainable = row_mask.nonzero().squeeze(1).to(pair.device)
+        self.row_mask = row_mask.to(pair.device)
+        self.valid_rows = self.row_mask  # unmasked rows without those that a measurement found NaN
 
     def wanted(self, rule: Rule, divergence: Divergence, everything: bool) -> tuple[frozenset[str | Blend], bool]:
         """The fields that the rule reads, with those of the loss where they come with them; and if of both models."""
@@ -81,16 +59,15 @@ class Batch:
             measured = {name: self.scattered(value, self.trainable) for name, value in measured.items()}
         return self.record(measured, temperature, partial=self.trainable is not None)
 
-    def label_rows(
-        self, ids: Tensor, at_rows: dict[str | Blend, Tensor], stats: TokenStats, temperature: float | Tensor
-    ) -> dict[str, Tensor]:
-        """The student's normaliser and label log-probability, at temperature 1, of the rows ids."""
+    def measured_at_one(self, ids: Tensor, measured: Fields, stats: TokenStats, temperature: float | Tensor) -> Fields:
+        """The student's normalizer and label log-probability, at temperature 1, of the rows ids."""
         at_one = not isinstance(temperature, Tensor) and temperature == 1.0
-        if at_one and "logp_s" not in at_rows and stats.logp_s is not None:
-            at_rows = {**at_rows, "logp_s": stats.logp_s[ids]}
-        if not at_one or "logp_s" not in at_rows:
-            at_rows = self.measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
-        return {name: at_rows[name] for name in ("shift_s", "logsum_s", "logp_s")}
+        logp_s = stats._get("logp_s")
+        if at_one and "logp_s" not in measured and logp_s is not None:
+            measured = {**measured, "logp_s": logp_s[ids]}
+        if not at_one or "logp_s" not in measured:
+            measured = self.measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
+        return {name: measured[name] for name in ("shift_s", "logsum_s", "logp_s")}
 
     def measure(
         self,
@@ -102,41 +79,34 @@ class Batch:
         workspace: int | None = None,
     ) -> Fields:
         """The wanted fields of the rows ids, (len(ids),) each; counts the products and notes rows that are NaN."""
+        pair = self.pair if with_teacher else self.alone
         measured = measure(
-            self.student,
-            self.teacher if with_teacher else None,
-            want,
-            rows=ids,
-            labels=self.labels,
-            temperature=temperature,
-            top_k=self.top_k if want & TOP_FIELDS else 0,
-            workspace=workspace or self.workspace,
-            record=record,
-        )
-        self.count(ids, len(with_logits(self.student, self.teacher if with_teacher else None)))
-        self.note_broken(measured, ids)
+            pair, want, rows=ids, labels=self.labels, temperature=temperature,
+            top_k=self.top_k if want & TOP_FIELDS else 0, workspace=workspace or self.workspace, record=record,
+        )  # fmt: skip
+        self.count(ids, len(pair.sources))
+        self.note_invalid(measured, ids)
         return measured
 
-    def note_broken(self, measured: Fields, ids: Tensor | None) -> None:
-        """Strikes the rows ids that a measurement found NaN off the sane ones."""
-        broken = measured["logsum_s"].isnan()
+    def note_invalid(self, measured: Fields, ids: Tensor | None) -> None:
+        """Removes from the valid rows those of the rows ids that a measurement found NaN."""
+        invalid = measured["logsum_s"].isnan()
         if "logsum_t" in measured:
-            broken = broken | measured["logsum_t"].isnan()
-        self.sane = self.sane & ~(broken if ids is None else self.scattered(broken, ids))
+            invalid = invalid | measured["logsum_t"].isnan()
+        self.valid_rows = self.valid_rows & ~(invalid if ids is None else self.scattered(invalid, ids))
 
     def count(self, ids: Tensor | None, products: int) -> None:
         """Adds that many products over the given rows to the units."""
         self.units += products * (1.0 if ids is None else ids.numel() / max(self.n_rows, 1))
 
-    def filled(self, stats: TokenStats, at_rows: dict[str, Tensor], ids: Tensor) -> TokenStats:
+    def filled(self, stats: TokenStats, measured: Fields, ids: Tensor) -> TokenStats:
         """stats with the fields that were measured only of kept rows, NaN in the others."""
-        here = {name: stats._get(name) for name in (*_FIELDS, *stats._blends) if stats._get(name) is not None}
-        late = {name: self.scattered(value, ids) for name, value in at_rows.items() if name not in here}
-        return self.record(here | late, stats._temperature, partial=True)
+        before = stats._measured
+        late = {name: self.scattered(value, ids) for name, value in measured.items() if name not in before}
+        return self.record(before | late, stats._temperature, partial=True)
 
-    def record(self, measured: dict[str | Blend, Tensor], temperature: float | Tensor, *, partial: bool) -> TokenStats:
-        listed_ids = getattr(self.teacher, "ids", None)
-        return stats_record(measured, self.student, temperature, self.labels, self.top_k, listed_ids, partial)
+    def record(self, measured: Fields, temperature: float | Tensor, *, partial: bool) -> TokenStats:
+        return stats_record(measured, self.pair, temperature, self.labels, self.top_k, partial=partial)
 
     def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
         """Kept row ids and which are real: exact on a CPU, else (or in a graph) as many slots as the rule may need.
@@ -154,11 +124,11 @@ class Batch:
         out = torch.full((self.n_rows, *value.shape[1:]), empty, dtype=value.dtype, device=value.device)
         return out.index_copy_(0, ids, value)
 
-    def normalizer(self, kind: str | float, w: Tensor, rule: Rule | None = None) -> Tensor | float:
+    def normalizer(self, kind: str | float, weights: Tensor, rule: Rule | None = None) -> Tensor | float:
         """What the weighted sum of losses is divided by: over all ranks where that is the rule's scope."""
-        if kind not in ("kept", "all"):
+        if not isinstance(kind, str):
             return kind
-        total = w.sum() if kind == "kept" else self.sane.sum().float()
+        total = weights.sum() if kind == "kept" else self.valid_rows.sum().float()
         if spans_ranks(rule):
-            total = parallel.total(total, rule.group)
+            total = collectives.total(total, rule.group)
         return torch.where(total == 0, 1.0, total)

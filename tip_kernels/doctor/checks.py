@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 import tip_kernels as tip
 from tip_kernels.doctor import truth
 from tip_kernels.doctor.cases import TOP_K, Case, Compared, Source, exact
+from tip_kernels.stats import STATISTICS
 
 Check = Callable[[Case], Iterator[Compared]]
+EXECUTION = tip.Execution()
 
 
 class NotHere(Exception):
@@ -55,7 +57,7 @@ def run(name: str, check: Check, case: Case) -> Result:
 
 def _statistic(field: str, case: Case) -> Iterator[Compared]:
     for what, stats, right, eager in _statistics_of(case):
-        if (ours := getattr(stats, field)) is not None:
+        if (ours := stats._get(field)) is not None:
             yield Compared(what, ours, right[field], eager[field])
 
 
@@ -196,7 +198,7 @@ RULES: dict[str, tuple[Callable, Callable, Callable | None]] = {
 def _measured(case: Case) -> tuple[tip.TokenStats, Values]:
     _, student, teacher = case.logits.on(case.device)
     stats = tip.token_stats(student, teacher, labels=case.labels.to(case.device), margins=True, top_k=TOP_K)
-    return stats, _listed({f.name: getattr(stats, f.name) for f in fields(stats) if not f.name.startswith("_")})
+    return stats, _listed({name: getattr(stats, name) for name in STATISTICS})
 
 
 def _rule(name: str, case: Case) -> Iterator[Compared]:
@@ -291,15 +293,21 @@ def _listed_teacher(tail: str, case: Case) -> Iterator[Compared]:
     yield from source.compared(loss, leaves, right)
 
 
-def _distill(strategy: str, case: Case, **options: object) -> Iterator[Compared]:
+def _distill(
+    strategy: str,
+    case: Case,
+    execution: tip.Execution = EXECUTION,
+    **options: object,
+) -> Iterator[Compared]:
     """Reverse KL at a temperature a row, beside a label loss, over the rows that the rule chose."""
     _counts_in_float64(case.device)
     source, labelled = case.head, case.labels >= 0
     leaves, student, teacher = source.on(case.device, grad=True)
     on = {name: getattr(case, name).to(case.device) for name in ("labels", "temperature")}
     options = {"row_mask": case.mask.to(case.device), "row_weights": case.weights.to(case.device)} | on | options
-    out = tip.distill(student, teacher, ce_weight=0.25, rollout_ids=case.rollouts.to(case.device), **options)
-    if not options.get("backward"):
+    rollouts = case.rollouts.to(case.device)
+    out = tip.distill(student, teacher, ce_weight=0.25, rollout_ids=rollouts, execution=execution, **options)
+    if not execution.backward:
         out.loss.backward()
     if out.plan.strategy != strategy:
         raise AssertionError(f"expected {strategy}, got {out.plan.strategy}")
@@ -374,7 +382,6 @@ def _focus(case: Case) -> Iterator[Compared]:
     yield Compared("keep", torch.tensor(ours), torch.tensor(right).double(), torch.tensor(right))
 
 
-STATISTICS = [f.name for f in fields(tip.TokenStats) if not f.name.startswith("_")]
 CHECKS: dict[str, Check] = {
     **{f"token_stats {field}": partial(_statistic, field) for field in STATISTICS},
     "token_importance": _importance,
@@ -388,11 +395,16 @@ CHECKS: dict[str, Check] = {
     "divergence_loss ReverseKL, bfloat16 Head": partial(_learn, "ReverseKL", "bfloat16 Head"),
     "divergence_loss of a clipped sum": _sum_and_clip,
     **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalise")},
-    "distill, one sweep": partial(_distill, "one sweep", select=tip.KeepAll(), sweeps=1),
-    "distill, two sweeps": partial(_distill, "two sweeps", select=tip.SoftOr(KEEP), sweeps=2),
-    "distill, backward=True": partial(_distill, "two sweeps", select=tip.TopEntropy(KEEP), sweeps=2, backward=True),
+    "distill, one sweep": partial(_distill, "one sweep", select=tip.KeepAll(), execution=tip.Execution(sweeps=1)),
+    "distill, two sweeps": partial(_distill, "two sweeps", select=tip.SoftOr(KEEP), execution=tip.Execution(sweeps=2)),
+    "distill, backward=True": partial(
+        _distill, "two sweeps", select=tip.TopEntropy(KEEP), execution=tip.Execution(sweeps=2, backward=True)
+    ),
     "distill, GradFilter": partial(
-        _distill, "two sweeps", select=tip.SoftOr(KEEP), sweeps=2, grad_filter=tip.GradFilter(1e-12)
+        _distill,
+        "two sweeps",
+        select=tip.SoftOr(KEEP),
+        execution=tip.Execution(sweeps=2, grad_filter=tip.GradFilter(1e-12)),
     ),
     "distill, TopK": _distill_listed,
     "distill, adakd": _adakd,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from tip_kernels._checks import FLOATS, expect
 from tip_kernels.distillation.distill import Distilled, distill
+from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergences import ReverseKL
-from tip_kernels.measure.sweep import LABEL_FIELDS
 from tip_kernels.select.rule import SoftOr
-from tip_kernels.sources.rows import Head
+from tip_kernels.sources.head import Head
 from tip_kernels.sources.topk import TopK
+from tip_kernels.stats import LABEL_FIELDS
 
 IGNORE = -100  # no label, as in transformers
 TOLERANCE = 1e-5  # relative: what float32 in a model's forward may round
@@ -139,15 +141,16 @@ def distill_batch(
     if options.get("ce_weight") or reads & LABEL_FIELDS:
         expect(labels is not None, "batch", "labels or input_ids, since the loss reads tokens", tuple(batch))
         options["labels"] = torch.where(mask, labels, IGNORE)
-    if options.get("backward") and isinstance(student, nn.parallel.DistributedDataParallel):
+    execution = options.pop("execution", Execution())
+    if execution.backward and isinstance(student, nn.parallel.DistributedDataParallel):
         raise ValueError("backward: expected False with DDP, which has to see every gradient, got True")
     if num_items_in_batch is None:
-        return distill(rows, teacher, row_mask=mask.cpu(), **options)
+        return distill(rows, teacher, row_mask=mask.cpu(), execution=execution, **options)
     expect(options.get("normalizer", "kept") == "kept", "normalizer", "'kept' beside num_items_in_batch", options)
     share = (mask.sum() / num_items_in_batch).float()
-    if options.get("backward"):
-        options["grad_scale"] = share * options.get("grad_scale", 1.0)
-    out = distill(rows, teacher, row_mask=mask.cpu(), **options)
+    if execution.backward:
+        execution = replace(execution, grad_scale=share * execution.grad_scale)
+    out = distill(rows, teacher, row_mask=mask.cpu(), execution=execution, **options)
     return out._replace(loss=out.loss * share)
 
 

@@ -35,9 +35,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 import tip_kernels as tip
 from tip_kernels.compat._calls import head, jsd
 from tip_kernels.distillation import registry as names
-from tip_kernels.measure.sweep import LABEL_FIELDS
 from tip_kernels.select.rule import QuotaRule
-from tip_kernels.stats import TokenStats
+from tip_kernels.stats import LABEL_FIELDS, TokenStats
 
 RULES = (*names.RULES, "threshold", "adakd")
 LOSS_CALL = "_chunked_divergence_loss"  # what the stock _compute_loss calls, and what is put in its place
@@ -324,7 +323,9 @@ class TIPDistillationTrainer(DistillationTrainer):
             divergence=self._divergence,
             labels=labels,
             workspace_mib=self.args.tip_workspace_mib,
-            full_stats=not measured >= ({"entropy_s", "kl_rev"} if quadrants else {"entropy_s"}),
+            execution=tip.Execution(
+                full_stats=not measured >= ({"entropy_s", "kl_rev"} if quadrants else {"entropy_s"})
+            ),
         )
         with torch.no_grad():
             flat = mask.flatten()

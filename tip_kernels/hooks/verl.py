@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tip_kernels._checks import expect
 from tip_kernels.distillation.distill import Distilled, distill
+from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import Divergence, ReverseKL
 from tip_kernels.select.rule import Rule, SoftOr, quadrants
@@ -52,7 +53,9 @@ def select_rows(
     expect(isinstance(response_mask, Tensor), "response_mask", "a tensor (B, L) or (N,)", response_mask)
     mask = response_mask.bool()
     with torch.no_grad():
-        out = distill(student_logits, teacher_logits, row_mask=mask.cpu(), full_stats=True, **options)
+        out = distill(
+            student_logits, teacher_logits, row_mask=mask.cpu(), execution=Execution(full_stats=True), **options
+        )
     return out.kept.row_ids, _info(out, mask.flatten())
 
 
@@ -89,7 +92,14 @@ class SelectedTokens:
         teacher = _teacher(data)
         with torch.no_grad():
             options = {"select": self.select, "divergence": self.divergence, "workspace_mib": self.workspace_mib}
-            out = distill(logits, teacher, row_mask=mask.cpu(), rollout_ids=rollouts, full_stats=True, **options)
+            out = distill(
+                logits,
+                teacher,
+                row_mask=mask.cpu(),
+                rollout_ids=rollouts,
+                execution=Execution(full_stats=True),
+                **options,
+            )
         kept = out.kept
         losses = divergence_loss(
             logits, teacher, divergence=self.divergence, kept=kept, stats=out.stats, workspace_mib=self.workspace_mib

@@ -30,6 +30,7 @@ from torch import Tensor
 import tip_kernels as tip
 from tip_kernels._checks import expect, flat_rows, is_int
 from tip_kernels.opd import UsageError
+from tip_kernels.stats import STATISTICS as MEASURED
 
 FORMAT = "tip-kernels tokens 1"
 SUFFIXES = (".safetensors", ".parquet")
@@ -259,9 +260,7 @@ def table_of(
     shape, flat = tuple(tokens.shape), tokens.numel()
     expect(is_int(top_k) and top_k >= 1, "top_k", "an int of at least 1", top_k)
     measured = {
-        name: value
-        for name in tip.TokenStats.__dataclass_fields__
-        if not name.startswith("_") and not name.startswith("lse") and (value := getattr(stats, name)) is not None
+        name: value for name in MEASURED if not name.startswith("lse") and (value := stats._get(name)) is not None
     }
     expect(bool(measured), "stats", "at least one measured statistic", stats)
     for name, value in measured.items():
@@ -317,7 +316,7 @@ def _top(source, k: int, rows: Tensor, tokenizer, strings: _Strings, naming: dic
         ids = source.ids.flatten(0, -2).gather(1, order)
     else:
         from tip_kernels.opd.pair import likeliest
-        from tip_kernels.sources.rows import rows_of
+        from tip_kernels.sources.pair import rows_of
 
         found = likeliest(source, min(k, rows_of(source, "student").vocab), mib)
         ids, logp = found.ids.flatten(0, -2), found.logp.flatten(0, -2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number
-from tip_kernels.backends.eager.online import Blend
+from tip_kernels.stats import Blend
 
 Row = Mapping[str | Blend, Tensor]
 

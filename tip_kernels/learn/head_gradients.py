@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import finite_number
-from tip_kernels.distributed.collectives import added_up
-from tip_kernels.sources.rows import HeadRows
+from tip_kernels.distributed.collectives import all_reduce_sum_
+from tip_kernels.sources.head import HeadRows
 
 
-def gradient_of_its_own(weight: Tensor) -> Tensor | None:
+def existing_grad_buffer(weight: Tensor) -> Tensor | None:
     """Where gradients of a leaf are summed up: its main_grad (as Megatron has it), else its .grad; None where there is
     none yet, or where somebody else wants to see each gradient first."""
     target = getattr(weight, "main_grad", None)
@@ -80,7 +80,8 @@ class HeadGradients:
                 sums.add(part, hidden, g)               # for each part of the rows
 
     need    which of hidden, weight and bias want a gradient
-    passes  more than one: the vocabulary is walked several times, and sums must not be rounded in between
+    wide    sums of weight stay fp32 until they are finished: the vocabulary is walked several times, or they are scaled
+            later; else each slice is rounded to the weight's dtype when it is closed
     into    where d(weight) is added instead of into a buffer of its own, (V, H)
     buffer  that buffer, if there is one already; what it holds is lost
     """
@@ -91,7 +92,7 @@ class HeadGradients:
         ids: Tensor,
         need: tuple[bool, ...],
         *,
-        passes: int = 1,
+        wide: bool = False,
         into: Tensor | None = None,
         grad_filter: GradFilter | None = None,
         buffer: Tensor | None = None,
@@ -101,7 +102,7 @@ class HeadGradients:
         weight, device = student.weight, ids.device
         self.weight = self.bias = None
         if self.need_weight:
-            dtype = weight.dtype if passes == 1 else torch.float32
+            dtype = torch.float32 if wide else weight.dtype
             buffer = (
                 torch.empty(weight.shape, dtype=dtype, device=device) if buffer is None and into is None else buffer
             )
@@ -154,14 +155,21 @@ class HeadGradients:
         if self.need_hidden:
             _product_into(self.hidden[part], g, self.tile, fresh=False)
 
-    def finished(self) -> list[Tensor | None]:
-        """The gradients of the leaves in their dtypes and shapes; None of weight where it was added elsewhere."""
+    def finished(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        """The gradients of the leaves times factor (), once, in their dtypes and shapes.
+
+        That of weight is None where it was added elsewhere.
+        """
         student, hidden, weight = self.student, None, None
+        if self.need_hidden and student.shard is not None:
+            all_reduce_sum_(self.hidden, student.shard.group)
+        if self.need_hidden and self.filter is not None:
+            self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)
+        if factor is not None:
+            for x in (self.hidden, self.weight if self.into is None else None, self.bias):
+                if x is not None:
+                    x.mul_(factor)
         if self.need_hidden:
-            if student.shard is not None:
-                added_up(self.hidden, student.shard.group)
-            if self.filter is not None:
-                self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)
             hidden = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)
             for part in range(0, self.ids.numel(), 4096):
                 rows = self.hidden[part : part + 4096].to(hidden.dtype)

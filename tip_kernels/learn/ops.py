@@ -1,140 +1,38 @@
-"""What torch.compile sees of the sweeps: four opaque ops in place of thousands of nodes, one for each tile.
+"""Learning as torch.compile sees it: three opaque ops in place of thousands of nodes, some for each tile.
 
-    tip_kernels::measure              the statistics of rows
-    tip_kernels::sweep_sums           the row sums of class-B divergences
+    tip_kernels::sweep_sums           the row sums of two-pass divergences
     tip_kernels::attach_gradient      values as they are; its backward is
     tip_kernels::sweep_gradient       the gradients of the student's source
 
 Inside, the sweeps run as they do without torch.compile, on the backend that the graph was made for. What they read
-travels as a list of tensors and numbers: sources as their leaves, per-row tensors by name. N rows, S kept rows.
+travels as a list of tensors and numbers: sources as their leaves, per-row tensors by name. S kept rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, row_temperature
+from tip_kernels._checks import expect
 from tip_kernels.backends.eager import row_grad
-from tip_kernels.backends.eager.online import Blend
-from tip_kernels.learn.gradient_sweep import TWICE, CrossEntropy, GradientSweep, Sweep
-from tip_kernels.measure.sweep import NORMALISER_FIELDS, TOP_FIELDS, check_label_range, measure
-from tip_kernels.sources.rows import Head, HeadRows, LogitRows, Rows
+from tip_kernels.learn.divergences import Divergence
+from tip_kernels.learn.gradient_sweep import CrossEntropy, GradientSweep
+from tip_kernels.learn.objective import GradOptions
+from tip_kernels.learn.sweep import RowSweep
+from tip_kernels.measure.ops import is_constant, refuse_backward
+from tip_kernels.sources.packing import packed, unpacked
+from tip_kernels.sources.pair import Pair
+from tip_kernels.stats import NORMALIZER_FIELDS
 
-SUMS = {  # what a class-B sweep gives, in order
+SUMS = {  # what a two-pass sweep gives, in order
     "jsd": ("kl_s", "kl_t"),
     "skew_forward_kl": ("value", "mean_share"),
     "skew_reverse_kl": ("value", "mean_share"),
     "tvd": ("value", "mean_sign"),
     "todi": ("value", "sum_g"),
 }
-
-
-def _packed(rows: Rows | None) -> tuple[list[Tensor], list[float], torch.dtype]:
-    """(leaves, [scale, softcap or 0], dtype of the products) of a source."""
-    if rows is None:
-        return [], [1.0, 0.0], torch.float32
-    if rows.shard is not None:
-        raise ValueError("vocab_group: expected None under torch.compile, whose ops hold no process group")
-    dtype = rows.dtype if isinstance(rows, HeadRows) else rows.leaves[0].dtype
-    return list(rows.leaves), [float(rows.scale), float(rows.softcap or 0.0)], dtype
-
-
-def _unpacked(leaves: Sequence[Tensor], settings: Sequence[float], vocab: int, dtype: torch.dtype) -> Rows | None:
-    """The source that `_packed` took apart."""
-    if not leaves:
-        return None
-    if len(leaves) == 1:
-        return LogitRows(leaves[0])
-    cast = any(leaf.dtype != dtype for leaf in leaves[:2])  # an autocast was active
-    with torch.autocast(leaves[0].device.type, dtype=dtype if cast else None, enabled=cast):
-        return HeadRows(Head(*leaves, scale=settings[0], softcap=settings[1] or None, vocab_size=vocab))
-
-
-def _pair(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], settings: Sequence[float], vocab: int,
-    dtype_s: torch.dtype, dtype_t: torch.dtype,
-) -> tuple[Rows, Rows | None]:  # fmt: skip
-    return _unpacked(student, settings[:2], vocab, dtype_s), _unpacked(teacher, settings[2:], vocab, dtype_t)
-
-
-def _sources(student: Rows, teacher: Rows | None) -> tuple[object, ...]:
-    """The arguments that every op begins with."""
-    (leaves_s, settings_s, dtype_s), (leaves_t, settings_t, dtype_t) = _packed(student), _packed(teacher)
-    return leaves_s, leaves_t, settings_s + settings_t, student.vocab, dtype_s, dtype_t
-
-
-# ---- measure
-
-
-def measured(
-    student: Rows,
-    teacher: Rows | None,
-    want: frozenset[str | Blend],
-    rows: Tensor | None,
-    labels: Tensor | None,
-    temperature: float | Tensor,
-    top_k: int,
-    workspace: int,
-) -> dict[str | Blend, Tensor]:
-    """`measure` as one op."""
-    names = sorted(name for name in want | NORMALISER_FIELDS if isinstance(name, str))
-    if teacher is None:
-        names = [name for name in names if name.endswith("_s") and name not in TOP_FIELDS]
-    blends = [name for name in want if isinstance(name, Blend)]
-    tau = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-    numbers = [power for blend in blends for power in blend]
-    sources = _sources(student, teacher)
-    out = _measure(*sources, " ".join(names), numbers, rows, labels, *tau, top_k, workspace)
-    fields: dict[str | Blend, Tensor] = dict(zip([*names, *blends], out.unbind(0), strict=True))
-    if "agree" in fields:
-        fields["agree"] = fields["agree"] > 0.5
-    if "rank_t_of_argmax_s" in fields:
-        fields["rank_t_of_argmax_s"] = fields["rank_t_of_argmax_s"].long()
-    return fields
-
-
-@torch.library.custom_op("tip_kernels::measure", mutates_args=())
-def _measure(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    settings: Sequence[float],
-    vocab: int,
-    dtype_s: torch.dtype,
-    dtype_t: torch.dtype,
-    names: str,
-    blends: Sequence[float],
-    rows: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    top_k: int,
-    workspace: int,
-) -> Tensor:
-    """(fields and blends, rows) fp32."""
-    student, teacher = _pair(student, teacher, settings, vocab, dtype_s, dtype_t)
-    fields = [*names.split(), *map(Blend, blends[::2], blends[1::2])]
-    if labels is not None:
-        check_label_range(labels, vocab)
-    if temperatures is not None:
-        temperature = row_temperature(temperatures, (student.n_rows,), student.device)
-    out = measure(
-        student, teacher, frozenset(fields), rows=rows, labels=labels,
-        temperature=temperature, top_k=top_k, workspace=workspace,
-    )  # fmt: skip
-    return torch.stack([out[field].float() for field in fields])
-
-
-@_measure.register_fake
-def _(student, teacher, settings, vocab, dtype_s, dtype_t, names, blends, rows, *rest):
-    n_rows = math.prod(student[0].shape[:-1]) if rows is None else rows.shape[0]
-    return student[0].new_empty(len(names.split()) + len(blends) // 2, n_rows, dtype=torch.float32)
-
-
-# ---- sweeps over kept rows
 
 
 def _terms(terms: Sequence[row_grad.Term]) -> tuple[str, list[float]]:
@@ -155,33 +53,42 @@ def _terms_of(names: str, numbers: Sequence[float]) -> list[row_grad.Term]:
     return terms
 
 
-def _sweep_rows(sweep: Sweep) -> tuple[dict[str, Tensor], float]:
+def _sweep_rows(sweep: RowSweep) -> tuple[dict[str, Tensor], float]:
     """The per-row tensors of a sweep by name, and its temperature where that is a number."""
-    rows = {"ids": sweep.ids, **sweep.normalisers}
+    rows = {"ids": sweep.ids, **sweep.normalizers}
     if isinstance(sweep.temperature, Tensor):
         return rows | {"temperature": sweep.temperature}, 1.0
     return rows, sweep.temperature
 
 
-def _sweep_of(rows: dict[str, Tensor], temperature: float, workspace: int, backend: str) -> Sweep:
-    normalisers = {name: rows[name] for name in NORMALISER_FIELDS}
-    return Sweep(rows["ids"], normalisers, rows.get("temperature", temperature), workspace, backend)
+def _sweep_of(rows: dict[str, Tensor], temperature: float, workspace: int, backend: str) -> RowSweep:
+    normalizers = {name: rows[name] for name in NORMALIZER_FIELDS}
+    return RowSweep(rows["ids"], normalizers, rows.get("temperature", temperature), workspace, backend)
 
 
-def row_sums(sweep: Sweep, student: Rows, teacher: Rows, terms: list[row_grad.Term]) -> list[dict[str, Tensor]]:
-    """The row sums of each term as one op."""
+def row_sums(sweep: RowSweep, pair: Pair, divergences: list[Divergence]) -> dict[Divergence, dict[str, Tensor]]:
+    """The row sums of two-pass divergences, each {name: (S,)}, by one sweep; nothing is swept without any.
+
+    In a graph of torch.compile the sweep is one op.
+    """
+    if not divergences:
+        return {}
+    terms = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in divergences]
+    if not torch.compiler.is_compiling():
+        return dict(zip(divergences, sweep.sums_of(pair, terms), strict=True))
     rows, temperature = _sweep_rows(sweep)
     arguments = (list(rows.values()), " ".join(rows), temperature, *_terms(terms), sweep.workspace, sweep.backend)
     with torch.no_grad():
-        sums = _sweep_sums(*_sources(student, teacher), *arguments)
-    return [{name: sums[2 * i + j] for j, name in enumerate(SUMS[term.name])} for i, term in enumerate(terms)]
+        sums = _sweep_sums(*packed(pair), *arguments)
+    named = [{name: sums[2 * i + j] for j, name in enumerate(SUMS[term.name])} for i, term in enumerate(terms)]
+    return dict(zip(divergences, named, strict=True))
 
 
 @torch.library.custom_op("tip_kernels::sweep_sums", mutates_args=())
 def _sweep_sums(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    settings: Sequence[float],
+    head_numbers: Sequence[float],
     vocab: int,
     dtype_s: torch.dtype,
     dtype_t: torch.dtype,
@@ -194,21 +101,21 @@ def _sweep_sums(
     backend: str,
 ) -> Tensor:
     """(2 terms, S) fp32, in the order of SUMS."""
-    student, teacher = _pair(student, teacher, settings, vocab, dtype_s, dtype_t)
+    pair = unpacked(student, teacher, head_numbers, vocab, dtype_s, dtype_t)
     sweep = _sweep_of(dict(zip(row_names.split(), rows, strict=True)), temperature, workspace, backend)
     asked = _terms_of(terms, numbers)
-    sums = sweep.sums_of(student, teacher, asked)
+    sums = sweep.sums_of(pair, asked)
     return torch.stack([sums[i][name] for i, term in enumerate(asked) for name in SUMS[term.name]])
 
 
 @_sweep_sums.register_fake
-def _(student, teacher, settings, vocab, dtype_s, dtype_t, rows, row_names, temperature, terms, *rest):
+def _(student, teacher, head_numbers, vocab, dtype_s, dtype_t, rows, row_names, temperature, terms, *rest):
     return rows[0].new_empty(2 * len(terms.split()), rows[0].shape[0], dtype=torch.float32)
 
 
-def attach_gradient(values: Tensor, gradient: GradientSweep, student: Rows, teacher: Rows) -> Tensor:
+def attach_gradient(values: Tensor, gradient: GradientSweep, pair: Pair) -> Tensor:
     """values (S,), whose backward is the sweep `gradient`."""
-    mode = gradient.grad_logits
+    mode = gradient.options.layout
     expect(mode == "dense", "grad_logits", "'dense' under torch.compile", mode)
     sweep, ce = gradient.sweep, gradient.ce
     rows, temperature = _sweep_rows(sweep)
@@ -220,7 +127,7 @@ def attach_gradient(values: Tensor, gradient: GradientSweep, student: Rows, teac
     for i, term in enumerate(gradient.terms):
         rows |= {f"{i}.{name}": value for name, value in term.rows.items()}
     return _attach_gradient(
-        values, *_sources(student, teacher), list(rows.values()), " ".join(rows), temperature,
+        values, *packed(pair), list(rows.values()), " ".join(rows), temperature,
         *_terms(gradient.terms), 0.0 if ce is None else ce.weight, gradient.clipped, sweep.workspace, sweep.backend,
     )  # fmt: skip
 
@@ -230,7 +137,7 @@ def _attach_gradient(
     values: Tensor,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    settings: Sequence[float],
+    head_numbers: Sequence[float],
     vocab: int,
     dtype_s: torch.dtype,
     dtype_t: torch.dtype,
@@ -258,7 +165,7 @@ def _sweep_gradient(
     need: Sequence[bool],
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    settings: Sequence[float],
+    head_numbers: Sequence[float],
     vocab: int,
     dtype_s: torch.dtype,
     dtype_t: torch.dtype,
@@ -273,7 +180,7 @@ def _sweep_gradient(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of those leaves of the student that need one; upstream is (S,)."""
-    student, teacher = _pair(student, teacher, settings, vocab, dtype_s, dtype_t)
+    pair = unpacked(student, teacher, head_numbers, vocab, dtype_s, dtype_t)
     rows = dict(zip(row_names.split(), rows, strict=True))
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -281,7 +188,7 @@ def _sweep_gradient(
 
     gradient = GradientSweep(
         _sweep_of(rows, temperature, workspace, backend),
-        "dense",
+        GradOptions(workspace),
         [term._replace(rows=part(f"{i}.")) for i, term in enumerate(_terms_of(terms, numbers))],
         rows["factor"],
         rows["finite"],
@@ -290,7 +197,7 @@ def _sweep_gradient(
         clipped,
     )
     with torch.autocast(upstream.device.type, enabled=False):
-        grads = gradient.run(student, teacher, upstream, tuple(need))
+        grads = gradient.run(pair, upstream, tuple(need))
     return [grad.contiguous() for grad, needed in zip(grads, need, strict=True) if needed]
 
 
@@ -300,9 +207,9 @@ def _(upstream, need, student, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    _, student, teacher, settings, vocab, dtype_s, dtype_t, rows, *rest = inputs
+    _, student, teacher, head_numbers, vocab, dtype_s, dtype_t, rows, *rest = inputs
     ctx.save_for_backward(*student, *teacher, *rows)
-    ctx.counts, ctx.middle, ctx.rest = (len(student), len(teacher)), (settings, vocab, dtype_s, dtype_t), rest
+    ctx.counts, ctx.middle, ctx.rest = (len(student), len(teacher)), (head_numbers, vocab, dtype_s, dtype_t), rest
 
 
 def _backward(ctx, upstream):
@@ -315,15 +222,6 @@ def _backward(ctx, upstream):
     return None, of_student, [None] * n_t, *nothing[:4], [None] * len(rows), *nothing[4:]
 
 
-def _is_constant(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _refuse(ctx, *upstream):
-    raise RuntimeError(TWICE)
-
-
 _attach_gradient.register_autograd(_backward, setup_context=_save)
-_sweep_gradient.register_autograd(_refuse)
-_measure.register_autograd(_refuse, setup_context=_is_constant)
-_sweep_sums.register_autograd(_refuse, setup_context=_is_constant)
+_sweep_gradient.register_autograd(refuse_backward)
+_sweep_sums.register_autograd(refuse_backward, setup_context=is_constant)

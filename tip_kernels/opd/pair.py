@@ -19,7 +19,7 @@ import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
 from tip_kernels.opd import UsageError, smollm2
 from tip_kernels.opd.rollout import sample
-from tip_kernels.sources.rows import rows_of
+from tip_kernels.sources.pair import rows_of
 from tip_kernels.sources.topk import TopK
 
 

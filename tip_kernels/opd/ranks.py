@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from tip_kernels.distributed import collectives as parallel
+from tip_kernels.distributed import collectives
 from tip_kernels.opd import UsageError
 
 Found = TypeVar("Found")
@@ -37,7 +37,9 @@ class Ranks:
         """Their sums over all processes."""
         if self.count == 1:
             return numbers
-        return parallel.added_up(torch.tensor(numbers, dtype=torch.float64, device=self.device), None).tolist()
+        return collectives.all_reduce_sum_(
+            torch.tensor(numbers, dtype=torch.float64, device=self.device), None
+        ).tolist()
 
     def decided(self, decide: Callable[[], Found]) -> Found:
         """What the first process decides, or its UsageError, on all."""
@@ -71,7 +73,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), count, device)
     except RuntimeError as error:  # of a collective that DistributedDataParallel made
         if isinstance(error, dist.DistError) or (str(error).startswith("[") and "gloo" in str(error)):
-            raise parallel.lost(f"average gradients within {timeout_s:g} s", None, error) from error
+            raise collectives.collective_error(f"average gradients within {timeout_s:g} s", None, error) from error
         raise
     finally:
         dist.destroy_process_group()

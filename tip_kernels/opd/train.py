@@ -135,7 +135,7 @@ class Loop:
             divergence=self.divergence,
             labels=self.labels(rollouts),
             workspace_mib=self.settings.workspace_mib,
-            full_stats=True,  # the log shows every token's quadrant, whatever the rule reads
+            execution=tip.Execution(full_stats=True),  # the log shows every token's quadrant, whatever the rule reads
             **self.choice(rollouts.mask),
         )
 

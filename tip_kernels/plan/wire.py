@@ -16,16 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
 from tip_kernels.backends.eager.online import Fold
 from tip_kernels.learn.divergences import ReverseKL
-from tip_kernels.measure.sweep import tile_shape
 from tip_kernels.select.rule import SoftOr, TopEntropy
-
-PART = 8192  # columns of a part of a row on CUDA, where each part's state is sent: kernels/row_stats.py
+from tip_kernels.workspace import PART, tile_shape
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,8 @@ def collectives(
     measured: Sequence[tuple[int, frozenset[str]]] = [(rows, want), *([(kept, loss.needs)] if entropy_rule else [])]
 
     def blocks(n_rows: int, models: int) -> int:
-        at = {"widest": columns, "device": torch.device(kind)}
-        sources = [SimpleNamespace(width=width, **at) for width in (hidden_s, hidden_t)[:models]]
-        return math.ceil(n_rows / tile_shape(n_rows, sources, int(workspace_mib * 2**20), buffers=6)[0])
+        width, workspace = sum((hidden_s, hidden_t)[:models]), int(workspace_mib * 2**20)
+        return math.ceil(n_rows / tile_shape(n_rows, columns, width, kind, workspace, buffers=6)[0])
 
     found = []
     if vocab_parallel > 1:

@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
-from tip_kernels.distributed import collectives as parallel
+from tip_kernels.distributed import collectives
 from tip_kernels.select.ranking import _run_starts
 from tip_kernels.select.rule import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
 from tip_kernels.stats import TokenStats
@@ -65,7 +65,7 @@ class AdaptiveFocus:
         expect(0 < finite_number("floor", floor) <= 1, "floor", "a number in (0, 1]", floor)
         ok = is_int(warmup) and warmup >= 0
         expect(ok, "warmup", "an int of at least 0", warmup)
-        ok = group is None or parallel.is_group(group)
+        ok = group is None or collectives.is_group(group)
         expect(ok, "group", "a process group that this rank is in, or None", group)
         self.beta, self.tolerance, self.step, self.floor, self.warmup = beta, tolerance, step, floor, warmup
         self.group = group

@@ -13,7 +13,7 @@ Rows are flat, in order b*T + t. Nothing here synchronises with the host, except
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,25 +21,14 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, flat_rows, is_int
-from tip_kernels.distributed import collectives as parallel
+from tip_kernels.distributed import collectives
 from tip_kernels.select.ranking import best_of_groups, min_max, quantile, share_below
-from tip_kernels.stats import TokenStats
+from tip_kernels.stats import STATISTICS, TokenStats, how_to_measure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Cut = float | tuple[str, float]  # a threshold: an absolute value, or ("quantile", q) over the population of the batch
-
-_STATISTICS = tuple(f.name for f in fields(TokenStats) if not f.name.startswith("_"))
-_HOW_TO_MEASURE = {
-    "margin_s": "margins=True",
-    "margin_t": "a teacher and margins=True",
-    "agree": "a teacher and margins=True",
-    "logp_s": "labels",
-    "logp_t": "a teacher and labels",
-    "mass_t_on_top_s": "a teacher and top_k=k",
-    "rank_t_of_argmax_s": "a teacher and top_k=k",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +231,9 @@ class QuotaRule(Rule):
         expect(is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
         if self.group is not None:
             expect(self.scope == "global", "group", f"None with scope {self.scope!r}", self.group)
-            expect(parallel.is_group(self.group), "group", "a process group that this rank is in, or None", self.group)
+            expect(
+                collectives.is_group(self.group), "group", "a process group that this rank is in, or None", self.group
+            )
 
     def _of_all_ranks(self, values, population, group, named):
         if self.scope != "global":
@@ -252,13 +243,13 @@ class QuotaRule(Rule):
         group = group if named else torch.zeros_like(group)
         request = f"{type(self).__name__}(keep={self.keep}, min_rows={self.min_rows}){' with rollout_ids' * named}"
         columns = [*values.values(), population, *([group] if named else [])]
-        (*rest, last), mine = parallel.concatenated(columns, request, self.group)
+        (*rest, last), mine = collectives.all_gather_rows(columns, request, self.group)
         population, group = (rest.pop(), last) if named else (last, torch.zeros_like(last, dtype=torch.int64))
         return dict(zip(values, rest, strict=True)), population, group, mine
 
     def _drawn(self, noise: Tensor) -> Tensor:
         """Noise that all ranks share."""
-        return parallel.first_says(noise, self.group) if self.scope == "global" else noise
+        return collectives.broadcast(noise, self.group) if self.scope == "global" else noise
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
         if self.scope == "global" and not is_int(self.keep):  # one rank may have all the best rows
@@ -602,7 +593,7 @@ def quadrants(
 def _layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int, ...], torch.device]:
     """(N,) or (B, T), and the device of the statistics, or of the mask where nothing was measured."""
     expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
-    measured = [value for name in _STATISTICS if (value := getattr(stats, name)) is not None]
+    measured = [value for name in STATISTICS if (value := stats._get(name)) is not None]
     if not measured and stats._batch_shape and isinstance(row_mask, Tensor):
         return stats._batch_shape, row_mask.device
     expect(bool(measured), "stats", "at least one measured statistic", stats)
@@ -625,10 +616,9 @@ def _rollouts(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.
 
 def _statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
     """(N,) fp32."""
-    value = getattr(stats, name)
+    value = stats._get(name)
     if value is None:
-        how = _HOW_TO_MEASURE.get(name, "the student" if name.endswith("_s") else "a teacher")
-        raise ValueError(f"stats: {reader} reads {name}, which is None: measure it with {how} in token_stats")
+        raise ValueError(f"stats: {reader} reads {name}, which was not measured: {how_to_measure(name)} in token_stats")
     return value.detach().float()
 
 
@@ -644,7 +634,7 @@ def _cut(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
 
 
 def _check_statistic(name: str, value: object) -> None:
-    expect(value in _STATISTICS, name, f"a TokenStats statistic ({', '.join(_STATISTICS)})", value)
+    expect(value in STATISTICS, name, f"a TokenStats statistic ({', '.join(STATISTICS)})", value)
 
 
 def _check_cut(name: str, cut: object) -> None:

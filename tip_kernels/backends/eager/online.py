@@ -28,22 +28,16 @@ R rows, C columns of a tile, P parts (tiles, splits or ranks) of a row.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tip_kernels.stats import Blend
 
 FLOOR = -(2.0**100)
 NATS = 2.0 * math.log(2.0)  # nats per unit of u: the c above
 
 State = dict  # field, Blend (its m) or ("sum", Blend) to fp32 (P, R) or, merged, (R,)
-
-
-class Blend(NamedTuple):
-    """Asks for ln sum p_t^a p_s^b, which Renyi and alpha-beta divergences are made of."""
-
-    a: float
-    b: float
 
 
 class Fold:
