@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tip_kernels as sel
 from reference import select as ref
-from tip_kernels.select import rule as sel
+from tip_kernels.select.rule import QuotaRule
 from tip_kernels.stats import TokenStats
 
 INF, NAN = math.inf, math.nan
@@ -398,7 +399,7 @@ def test_rollouts_can_be_permuted_renamed_and_interleaved(rule):
 
 @pytest.mark.parametrize("rule", EVERY, ids=repr)
 def test_batch_scope_is_one_rollout(rule):
-    if isinstance(rule, sel.QuotaRule):
+    if isinstance(rule, QuotaRule):
         values = {name: getattr(rule, name) for name in rule.__match_args__}
         rule = type(rule)(**values | {"scope": "batch"})
     stats = random_stats(3, 8)
@@ -407,7 +408,7 @@ def test_batch_scope_is_one_rollout(rule):
     kept = rule(stats, rollout_ids=torch.arange(24))
     torch.manual_seed(0)
     assert torch.equal(kept.mask, rule(flat).mask)
-    assert kept.mask.sum() == 12 or not isinstance(rule, sel.QuotaRule) or rule.keep == 3 or "Overc" in repr(rule)
+    assert kept.mask.sum() == 12 or not isinstance(rule, QuotaRule) or rule.keep == 3 or "Overc" in repr(rule)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=repr)

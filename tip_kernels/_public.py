@@ -26,29 +26,18 @@ from tip_kernels.learn.divergences import (
 )
 from tip_kernels.learn.head_gradients import GradFilter
 from tip_kernels.measure.token_stats import token_stats
-from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
+from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd, difficulty_temperature
 from tip_kernels.select.papers import (
     CrossEntropyRatio,
     EntropyGap,
     GreedyAgreement,
     PositionPrefix,
     Teachability,
-)
-from tip_kernels.select.rule import (
-    KeepAll,
-    Kept,
-    Overconfident,
-    RandomRows,
-    Rule,
-    SampleEntropy,
-    SoftOr,
-    Threshold,
-    TopDivergence,
-    TopEntropy,
-    TopHellinger,
     TopMargin,
-    quadrants,
 )
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import KeepAll, Kept, RandomRows, Rule, Threshold
+from tip_kernels.select.tip import Overconfident, SampleEntropy, SoftOr, TopDivergence, TopEntropy
 from tip_kernels.sources.head import Head
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import TokenStats

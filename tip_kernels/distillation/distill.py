@@ -20,7 +20,8 @@ from tip_kernels.learn.divergence_loss import check_divergence
 from tip_kernels.learn.divergences import Divergence, ReverseKL
 from tip_kernels.learn.head_gradients import existing_grad_buffer
 from tip_kernels.learn.objective import GradOptions, Objective
-from tip_kernels.select.rule import Kept, Rule, SoftOr, spans_ranks
+from tip_kernels.select.rule import Kept, Rule, spans_ranks
+from tip_kernels.select.tip import SoftOr
 from tip_kernels.sources.head import Head, HeadRows
 from tip_kernels.sources.pair import Request
 from tip_kernels.sources.topk import TopK

@@ -25,7 +25,9 @@ from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import Divergence, ReverseKL
-from tip_kernels.select.rule import Rule, SoftOr, quadrants
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import Rule
+from tip_kernels.select.tip import SoftOr
 from tip_kernels.sources.topk import TopK
 
 

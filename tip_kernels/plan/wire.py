@@ -21,7 +21,7 @@ import torch
 
 from tip_kernels.backends.eager.online import Fold
 from tip_kernels.learn.divergences import ReverseKL
-from tip_kernels.select.rule import SoftOr, TopEntropy
+from tip_kernels.select.tip import SoftOr, TopEntropy
 from tip_kernels.workspace import PART, tile_shape
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -16,9 +17,28 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels.distributed import collectives
-from tip_kernels.select.ranking import _run_starts
-from tip_kernels.select.rule import Kept, TopHellinger, _layout, _rollouts, _statistic, _unmasked
+from tip_kernels.select.ranking import run_starts
+from tip_kernels.select.rule import Kept, QuotaRule, layout, rollout_of_rows, statistic, unmasked
 from tip_kernels.stats import TokenStats
+
+
+@dataclass(frozen=True)
+class TopHellinger(QuotaRule):
+    """Keeps the rows with the largest squared Hellinger distance: score = 1 - sum sqrt(p_s p_t), in [0, 1].
+
+    Source: AdaKD's difficulty (arXiv 2510.11615), squared, which ranks the same; R30.
+
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
+    """
+
+    needs = frozenset({"hellinger_sq"})
 
 
 class AdaptiveFocus:
@@ -179,10 +199,10 @@ def difficulty_temperature(
     """
     strength, base = finite_number("strength", strength), finite_number("base", base, positive=True)
     expect(scope in ("batch", "rollout"), "scope", "'batch' or 'rollout'", scope)
-    shape, device = _layout(stats)
-    h = _statistic(stats, "hellinger_sq", "difficulty_temperature")
-    rows = _unmasked(row_mask, shape, device) & ~h.isnan()
-    group = _rollouts(rollout_ids, shape, device)
+    shape, device = layout(stats)
+    h = statistic(stats, "hellinger_sq", "difficulty_temperature")
+    rows = unmasked(row_mask, shape, device) & ~h.isnan()
+    group = rollout_of_rows(rollout_ids, shape, device)
     if h.numel() == 0:
         return h
     group = group if scope == "rollout" else torch.zeros_like(group)
@@ -259,7 +279,7 @@ def adakd(
     rule = TopHellinger(keep, scope=scope)
 
     def temperature(stats: TokenStats) -> Tensor:
-        mask = None if row_mask is None else row_mask.to(_layout(stats)[1])  # distill takes one on the CPU, too
+        mask = None if row_mask is None else row_mask.to(layout(stats)[1])  # distill takes one on the CPU, too
         kept = rule(stats, mask, rollout_ids) if median_of == "kept" else None
         return difficulty_temperature(
             stats, mask, strength, base, scope=median_scope, rollout_ids=rollout_ids, kept=kept
@@ -280,7 +300,7 @@ def _lower_median(x: Tensor, rows: Tensor, group: Tensor) -> Tensor:
     x = torch.where(rows, x, torch.nan)  # sorted last
     order = x.argsort(stable=True)
     order = order[group[order].argsort(stable=True)]
-    start = _run_starts(group[order])
+    start = run_starts(group[order])
     count = torch.zeros_like(start).scatter_add_(0, start, rows[order].long()).take(start)
     middle = x[order].take(start + (count - 1).clamp(min=0) // 2)
     return torch.empty_like(middle).scatter_(0, order, middle)

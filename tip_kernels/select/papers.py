@@ -1,4 +1,4 @@
-"""SELECT, continued: rules of other papers, made of the same parts as those of select.py. Each names its source.
+"""SELECT: rules of other papers and of practice. Each names its source.
 
 A rule whose statistics depend on a k carries it as `top_k`, for whoever measures: token_stats(top_k=rule.top_k).
 """
@@ -12,7 +12,32 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels.select.ranking import quantile
-from tip_kernels.select.rule import QuotaRule, Rule, _check_statistic
+from tip_kernels.select.rule import QuotaRule, Rule, check_statistic
+from tip_kernels.select.tip import TopDivergence
+
+
+@dataclass(frozen=True)
+class TopMargin(TopDivergence):
+    """Keeps the rows with the largest margin: score = top-1 minus top-2 logit, of the teacher by default.
+
+    Source: known in practice as `logit_diff`; R30.
+
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        by: "margin_t" or "margin_s"; measured with margins=True.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
+    """
+
+    by: str = "margin_t"
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(self.by in ("margin_t", "margin_s"), "by", "'margin_t' or 'margin_s'", self.by)
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class Teachability(QuotaRule):
     def __post_init__(self):
         super().__post_init__()
         _check_top_k(self.top_k)
-        _check_statistic("by", self.by)
+        check_statistic("by", self.by)
 
     @property
     def needs(self) -> frozenset[str]:

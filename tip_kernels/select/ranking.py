@@ -33,7 +33,7 @@ def min_max(x: Tensor, rows: Tensor) -> Tensor:
 def share_below(x: Tensor, rows: Tensor) -> Tensor:
     """(number of rows strictly lower) / (n - 1) among the n rows, (N,) float64; n = 1 gives 1."""
     ordered, order = torch.where(rows, x, torch.inf).sort()
-    below = torch.empty_like(order).scatter_(0, order, _run_starts(ordered))
+    below = torch.empty_like(order).scatter_(0, order, run_starts(ordered))
     n = rows.sum()
     return torch.where(n > 1, below.double() / (n - 1), 1.0)
 
@@ -58,7 +58,7 @@ def best_of_groups(
     order = order[(~eligible[order]).argsort(stable=True)]
     order = order[group[order].argsort(stable=True)]  # group by group, eligible rows first, best first
 
-    start = _run_starts(group[order])
+    start = run_starts(group[order])
     m = torch.zeros_like(start).scatter_add_(0, start, population[order].long()).take(start)
     wanted = m.clamp(max=min(keep, n_rows)) if isinstance(keep, int) else (m.double() * keep + 1e-6).floor().long()
     quota = wanted.clamp(min=min(min_rows, n_rows)).minimum(m)
@@ -69,7 +69,7 @@ def best_of_groups(
     return torch.empty_like(kept).scatter_(0, order, kept), torch.empty_like(next_best).scatter_(0, order, next_best)
 
 
-def _run_starts(ordered: Tensor) -> Tensor:
+def run_starts(ordered: Tensor) -> Tensor:
     """For every position of an ordered (N,) tensor, the position at which its run of equal values starts."""
     position = torch.arange(ordered.numel(), device=ordered.device)
     same = torch.zeros_like(position, dtype=torch.bool)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, finite_number, flat_rows, is_int
+from tip_kernels._checks import expect, flat_rows, is_int
 from tip_kernels.distributed import collectives
-from tip_kernels.select.ranking import best_of_groups, min_max, quantile, share_below
+from tip_kernels.select.ranking import best_of_groups, quantile
 from tip_kernels.stats import STATISTICS, TokenStats, how_to_measure
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ class Rule:
             return self._kept(stats, row_mask, rollout_ids)
 
     def _kept(self, stats: TokenStats, row_mask: Tensor | None, rollout_ids: Tensor | None) -> Kept:
-        shape, device = _layout(stats, row_mask)
+        shape, device = layout(stats, row_mask)
         self._check(stats)
-        population = _unmasked(row_mask, shape, device)
-        group = _rollouts(rollout_ids, shape, device)
-        values = {name: _statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
+        population = unmasked(row_mask, shape, device)
+        group = rollout_of_rows(rollout_ids, shape, device)
+        values = {name: statistic(stats, name, type(self).__name__) for name in sorted(self.needs)}
         for value in values.values():
             population = population & ~value.isnan()
         values, population, group, mine = self._of_all_ranks(values, population, group, rollout_ids is not None)
@@ -180,10 +180,10 @@ class Threshold(Rule):
     below: Cut | None = None
 
     def __post_init__(self):
-        _check_statistic("by", self.by)
+        check_statistic("by", self.by)
         for name in ("above", "below"):
             if getattr(self, name) is not None:
-                _check_cut(name, getattr(self, name))
+                check_cut(name, getattr(self, name))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -192,9 +192,9 @@ class Threshold(Rule):
     def _eligible(self, values, population):
         x, eligible = values[self.by], population
         if self.above is not None:
-            eligible = eligible & (x > _cut(self.above, x, population))
+            eligible = eligible & (x > cut_at(self.above, x, population))
         if self.below is not None:
-            eligible = eligible & (x < _cut(self.below, x, population))
+            eligible = eligible & (x < cut_at(self.below, x, population))
         return eligible
 
 
@@ -282,184 +282,6 @@ def spans_ranks(rule: Rule | None) -> bool:
 
 
 @dataclass(frozen=True)
-class TopDivergence(QuotaRule):
-    """Keeps the rows with the largest stats[by]: score = kl_rev = KL(student || teacher) by default, in nats.
-
-    Source: the divergence-only rule of TIP (arXiv 2604.14084); R30.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        by: Name of any TokenStats statistic, for instance "kl_fwd" = KL(teacher || student).
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    by: str = "kl_rev"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_statistic("by", self.by)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.by})
-
-
-@dataclass(frozen=True)
-class TopMargin(TopDivergence):
-    """Keeps the rows with the largest margin: score = top-1 minus top-2 logit, of the teacher by default.
-
-    Source: known in practice as `logit_diff`; R30.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        by: "margin_t" or "margin_s"; measured with margins=True.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    by: str = "margin_t"
-
-    def __post_init__(self):
-        super().__post_init__()
-        expect(self.by in ("margin_t", "margin_s"), "by", "'margin_t' or 'margin_s'", self.by)
-
-
-@dataclass(frozen=True)
-class TopEntropy(QuotaRule):
-    """Keeps the rows with the largest student entropy: score = entropy_s, in nats.
-
-    Source: TIP's entropy axis (arXiv 2604.14084), there sampled: see SampleEntropy; R30.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    needs = frozenset({"entropy_s"})
-
-
-@dataclass(frozen=True)
-class TopHellinger(QuotaRule):
-    """Keeps the rows with the largest squared Hellinger distance: score = 1 - sum sqrt(p_s p_t), in [0, 1].
-
-    Source: AdaKD's difficulty (arXiv 2510.11615), squared, which ranks the same; R30.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    needs = frozenset({"hellinger_sq"})
-
-
-@dataclass(frozen=True)
-class SoftOr(QuotaRule):
-    """Keeps rows that are uncertain or wrong: score = h + d - h d = 1 - (1-h)(1-d), h of entropy_s and d of kl_rev.
-
-    kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        normalize: How h and d are brought to [0, 1] over the population of the batch.
-            "rank": (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one axis
-            leaves the other rows' ranks as they were.
-            "minmax": the paper's; entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
-            values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    needs = frozenset({"entropy_s", "kl_rev"})
-    normalize: str = "rank"
-
-    def __post_init__(self):
-        super().__post_init__()
-        expect(self.normalize in ("rank", "minmax"), "normalize", "'rank' or 'minmax'", self.normalize)
-
-    def _scores(self, values, population):
-        if self.normalize == "rank":
-            h, d = (share_below(values[name], population) for name in ("entropy_s", "kl_rev"))
-        else:
-            h, d = _normal_entropy(values, population), min_max(values["kl_rev"], population)
-        low, high = torch.minimum(h, d), torch.maximum(h, d)
-        # Symmetric in h and d, accurate near 0, and rounded only here: rows that tie on paper tie in fp32.
-        return (high + low * (1 - high)).float()
-
-
-@dataclass(frozen=True)
-class Overconfident(QuotaRule):
-    """Keeps rows that are confident and wrong (quadrant Q3): score = stats[by] * (1 - h), best of the eligible first.
-
-        eligible = entropy_s < entropy_below and stats[by] > divergence_above;   h is SoftOr's, with "minmax"
-
-    The quota counts the whole population, so fewer rows than the quota may be kept, also none: min_rows forces no row
-    in. A divergence of +inf scores +inf. Set thresholds in nats or at high quantiles: below the median entropy lie
-    solved tokens, and thresholds in nats may leave too few rows to learn from (bench/evidence.md).
-
-    Source: the Q3-only rule of TIP (arXiv 2604.14084); R33.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        entropy_below: A finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1].
-        divergence_above: The same for stats[by].
-        by: Name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default: it sees teacher mass that the
-            student ignores.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    entropy_below: Cut = 0.3
-    divergence_above: Cut = 0.1
-    by: str = "kl_fwd"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_cut("entropy_below", self.entropy_below)
-        _check_cut("divergence_above", self.divergence_above)
-        _check_statistic("by", self.by)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"entropy_s", self.by})
-
-    def _scores(self, values, population):
-        d = values[self.by]
-        return torch.where(d.isinf(), d, d * (1 - _normal_entropy(values, population))).float()
-
-    def _eligible(self, values, population):
-        entropy, d = values["entropy_s"], values[self.by]
-        confident = entropy < _cut(self.entropy_below, entropy, population)
-        return population & confident & (d > _cut(self.divergence_above, d, population))
-
-
-@dataclass(frozen=True)
 class RandomRows(QuotaRule):
     """Keeps rows at random: score = uniform in [0, 1). The control that every other rule has to beat.
 
@@ -480,117 +302,15 @@ class RandomRows(QuotaRule):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_generator(self.generator)
+        check_generator(self.generator)
 
     def _scores(self, values, population):
-        _check_generator(self.generator, population.device)
+        check_generator(self.generator, population.device)
         draw = torch.rand(population.shape, generator=self.generator, dtype=torch.float64, device=population.device)
         return self._drawn(draw)
 
 
-@dataclass(frozen=True)
-class SampleEntropy(QuotaRule):
-    """Samples rows without replacement, each draw with p proportional to w = (entropy_s/ln V)^alpha hellinger_sq^gamma.
-
-        score = log w + Gumbel noise, the largest first. Rows with w = 0 are drawn last, uniformly.
-
-    hellinger_sq replaces the Jensen-Shannon divergence / ln 2 of the authors' code, which no single pass can measure:
-    ln2 H2 <= JSD <= H2. 0^0 is 1. Constant factors of w cancel, so ln V is left out and the largest w counts as 1.
-
-    Source: TIP (arXiv 2604.14084) and its code; Gumbel top-k of Kool et al. 2019 (arXiv 1903.06059); weights of
-    priority sampling, Duffield et al. 2007; R35.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        alpha: A finite float of at least 0.
-        gamma: The same; hellinger_sq is read, and a teacher needed, only if gamma > 0.
-        generator: torch.Generator on the device of the statistics, advanced by each call; None is the device's default.
-        unbiased: Adds row_weights 1 / (1 - exp(-exp(log w - kappa))), kappa the best score left out in the group (its
-            (quota + 1)-th largest); 1 where nothing was left out. Then sum(row_weights * x) over the kept rows is on
-            average the sum of x over the population, apart from rows with w = 0.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    alpha: float = 1
-    gamma: float = 0
-    generator: torch.Generator | None = None
-    unbiased: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("alpha", "gamma"):
-            value = finite_number(name, getattr(self, name))
-            expect(value >= 0, name, "a finite number of at least 0", value)
-        _check_generator(self.generator)
-        expect(isinstance(self.unbiased, bool), "unbiased", "a bool", self.unbiased)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"entropy_s", "hellinger_sq"} if self.gamma > 0 else {"entropy_s"})
-
-    def _log_weights(self, values, population):
-        log_w = torch.xlogy(self.alpha, values["entropy_s"].double().clamp(min=0))
-        if self.gamma > 0:
-            log_w = log_w + torch.xlogy(self.gamma, values["hellinger_sq"].double().clamp(min=0))
-        largest = torch.where(population, log_w, -torch.inf).amax()
-        # Logs of two positive fp32 numbers differ by less than 200, Gumbel noise in float64 by less than 64.
-        zero = -200.0 * (self.alpha + self.gamma) - 64.0
-        return torch.where(log_w > -torch.inf, log_w - largest, zero)
-
-    def _scores(self, values, population):
-        _check_generator(self.generator, population.device)
-        log_w = self._log_weights(values, population)
-        return log_w - self._drawn(torch.empty_like(log_w).exponential_(generator=self.generator)).log()
-
-    def _weights(self, values, population, mask, runner_up):
-        if not self.unbiased:
-            return None
-        inclusion = -torch.expm1(-torch.exp(self._log_weights(values, population) - runner_up))
-        return torch.where(mask, 1 / inclusion, 0.0).float()
-
-
-@torch.no_grad()
-def quadrants(
-    stats: TokenStats, row_mask: Tensor | None = None, *, entropy: Cut = 0.3, divergence: Cut = 0.1
-) -> Tensor:
-    """The TIP quadrant of every row: (N,) int8, on the device and without synchronising.
-
-        1  entropy high, divergence high: uncertain and wrong      2  high, low: uncertain, agrees with the teacher
-        3  entropy low, divergence high: overconfident and wrong   4  low, low: solved            0  masked or NaN
-
-    low entropy: entropy_s < entropy; high divergence: kl_rev = KL(student || teacher) > divergence; both strict.
-    Source: TIP (arXiv 2604.14084), which gives no numeric thresholds; R36.
-
-    Args:
-        stats: TokenStats with entropy_s and kl_rev.
-        row_mask: bool (N,) or (B, T), True for rows that count; None: all do.
-        entropy: A finite float in nats, or ("quantile", q) over the rows that count, q in [0, 1].
-        divergence: The same.
-
-    Returns:
-        (N,) int8, 0 to 4.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    _check_cut("entropy", entropy)
-    _check_cut("divergence", divergence)
-    shape, device = _layout(stats)
-    h, d = (_statistic(stats, name, "quadrants") for name in ("entropy_s", "kl_rev"))
-    rows = _unmasked(row_mask, shape, device) & ~h.isnan() & ~d.isnan()
-    if rows.numel() == 0:
-        return rows.to(torch.int8)
-    low_entropy = h < _cut(entropy, h, rows)
-    low_divergence = ~(d > _cut(divergence, d, rows))
-    return torch.where(rows, 1 + 2 * low_entropy.to(torch.int8) + low_divergence.to(torch.int8), 0).to(torch.int8)
-
-
-def _layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int, ...], torch.device]:
+def layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int, ...], torch.device]:
     """(N,) or (B, T), and the device of the statistics, or of the mask where nothing was measured."""
     expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
     measured = [value for name in STATISTICS if (value := stats._get(name)) is not None]
@@ -600,13 +320,13 @@ def _layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[in
     return stats._batch_shape or (measured[0].numel(),), measured[0].device
 
 
-def _unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if row_mask is None:
         return torch.ones(math.prod(shape), dtype=torch.bool, device=device)
     return flat_rows("row_mask", row_mask, shape, (torch.bool,), device).clone()  # Kept.mask must not alias it
 
 
-def _rollouts(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def rollout_of_rows(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """(N,) int64, the rollout of each row."""
     if rollout_ids is not None:
         return flat_rows("rollout_ids", rollout_ids, shape, (torch.int64,), device)
@@ -614,7 +334,7 @@ def _rollouts(rollout_ids: Tensor | None, shape: tuple[int, ...], device: torch.
     return torch.arange(math.prod(shape), device=device) // max(tokens, 1)
 
 
-def _statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
+def statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
     """(N,) fp32."""
     value = stats._get(name)
     if value is None:
@@ -622,22 +342,16 @@ def _statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
     return value.detach().float()
 
 
-def _normal_entropy(values: dict[str, Tensor], population: Tensor) -> Tensor:
-    """The paper's h: entropy_s clipped at its 0.98 quantile, then min-max, (N,) float64."""
-    entropy = values["entropy_s"].double()
-    return min_max(entropy.minimum(quantile(entropy, population, 0.98)), population)
-
-
-def _cut(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
+def cut_at(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
     """A threshold as a number to compare fp32 x with."""
     return quantile(x, rows, cut[1]).float() if isinstance(cut, tuple) else float(cut)
 
 
-def _check_statistic(name: str, value: object) -> None:
+def check_statistic(name: str, value: object) -> None:
     expect(value in STATISTICS, name, f"a TokenStats statistic ({', '.join(STATISTICS)})", value)
 
 
-def _check_cut(name: str, cut: object) -> None:
+def check_cut(name: str, cut: object) -> None:
     if isinstance(cut, tuple):
         ok = len(cut) == 2 and cut[0] == "quantile" and (isinstance(cut[1], float) or is_int(cut[1]))
         expect(ok and 0 <= cut[1] <= 1, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
@@ -646,7 +360,7 @@ def _check_cut(name: str, cut: object) -> None:
         expect(ok, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
 
 
-def _check_generator(generator: object, device: torch.device | None = None) -> None:
+def check_generator(generator: object, device: torch.device | None = None) -> None:
     ok = generator is None or isinstance(generator, torch.Generator)
     expect(ok, "generator", "a torch.Generator or None", generator)
     if device is not None and generator is not None:
