@@ -98,10 +98,10 @@ def ran_with(found: dict[str, str], code: str) -> subprocess.CompletedProcess:
 
 def test_trl_hook_refuses_a_transformers_that_takes_a_part_of_the_gradient():
     code = "try:\n    import tip_kernels.hooks.trl\nexcept ImportError as error:\n    print(error)"
-    ran = ran_with({"transformers": "5.5.0", "trl": "1.16.0"}, code)
+    ran = ran_with({"transformers": "5.5.3", "trl": "1.16.0"}, code)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("transformers: expected "), ran.stdout
-    assert "got 5.5.0: its Trainer takes 1/gradient_accumulation_steps of the gradient" in ran.stdout
+    assert "got 5.5.3: its Trainer takes 1/gradient_accumulation_steps of the gradient" in ran.stdout
     assert ran.stdout.count("\n") == 1
 
 

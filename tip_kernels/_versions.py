@@ -19,9 +19,9 @@ class Broken(NamedTuple):
     reason: str
 
 
-FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.5.1", "trl": "1.16"}
+FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.5.4", "trl": "1.16"}
 KNOWN_BAD: dict[str, tuple[Broken, ...]] = {
-    "transformers": (Broken("5.0", "5.5.1", "its Trainer takes 1/gradient_accumulation_steps of the gradient"),),
+    "transformers": (Broken("5.0", "5.5.4", "its Trainer takes 1/gradient_accumulation_steps of the gradient"),),
 }
 # package: {version: the day on which the suite or its core last passed with it}
 TESTED: dict[str, dict[str, str]] = {
