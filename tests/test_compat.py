@@ -224,6 +224,29 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(make, message):
         make()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float64], ids=str)
+@pytest.mark.parametrize("argument", ["student_weight", "teacher_weight", "student_bias", "teacher_bias"])
+@pytest.mark.parametrize("call", ["fused", "chunked", "trl"])
+def test_what_holds_no_floats_is_refused_before_it_is_cast(call, argument, dtype):
+    hidden, weight, bias = torch.randn(3, 8), torch.randn(20, 8), torch.randn(20)
+    given = {"student_weight": weight, "teacher_weight": weight, "student_bias": bias, "teacher_bias": bias}
+    given[argument] = given[argument].mul(5).to(dtype)
+    if call == "fused":
+        if "bias" in argument:
+            pytest.skip("Liger's takes no bias")
+        call = functools.partial(liger.LigerFusedLinearJSD(), hidden, given["student_weight"], hidden)
+        arguments = {"teacher_weight": given["teacher_weight"]}
+    elif call == "chunked":
+        call = functools.partial(liger.LigerFusedLinearJSDLoss(), hidden, teacher_input=hidden)
+        arguments = given | {"true_labels": torch.zeros(3).long()}
+    else:
+        call = trl.ChunkedDivergenceFunction.apply
+        sides = [(hidden, given[f"{model}_weight"], given[f"{model}_bias"]) for model in ("student", "teacher")]
+        call, arguments = functools.partial(call, *sides[0], *sides[1], 0.5), {}
+    with pytest.raises(ValueError, match=f"^{argument}: expected a float32, bfloat16 or float16 tensor, got"):
+        call(**arguments)
+
+
 def test_vocabularies_that_differ_are_refused_where_liger_fills_them_up():
     p = problem()
     with pytest.raises(ValueError, match=r"teacher: expected the student's vocabulary of 80 entries, got 90"):

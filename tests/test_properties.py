@@ -142,7 +142,7 @@ class Case(Record):
 
 @st.composite
 def sources(draw, teacher: bool = False) -> Source:
-    kind = draw(st.sampled_from(["logits", "head", "head", *(("bucket", "ignore", "renormalise") if teacher else ())]))
+    kind = draw(st.sampled_from(["logits", "head", "head", *(("bucket", "ignore", "renormalize") if teacher else ())]))
     dtype = draw(st.sampled_from(list(DTYPES)))
     layouts = ["contiguous", "rows apart", "columns first", "cut in time", *(("expanded",) if teacher else ())]
     if kind not in ("logits", "head"):

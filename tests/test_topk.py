@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import reference as ref
 import tip_kernels as tip
 from tip_kernels.sources.topk import TopK
 
-TAILS = ("bucket", "ignore", "renormalise")
+TAILS = ("bucket", "ignore", "renormalize")
 REFERENCE = {
     "kl_fwd": ref.topk_forward_kl,
     "kl_rev": ref.topk_reverse_kl,
@@ -442,8 +443,8 @@ class Logprob:
 
 def test_prompt_logprobs_become_rows_that_predict_the_next_token():
     entries = [None, {5: Logprob(-0.1), 9: Logprob(-2.5)}, {7: -0.5}, {"3": {"logprob": -1.5}, "4": {"logprob": -0.5}}]
-    teacher = TopK.from_prompt_logprobs(entries, 2, tail="renormalise")
-    assert teacher.tail == "renormalise"
+    teacher = TopK.from_prompt_logprobs(entries, 2, tail="renormalize")
+    assert teacher.tail == "renormalize"
     assert teacher.ids.tolist() == [[5, 9], [7, -1], [4, 3], [-1, -1]]
     assert torch.allclose(teacher.logp[:3], torch.tensor([[-0.1, -2.5], [-0.5, -INF], [-0.5, -1.5]]))
     z = normal(4, 12, seed=1)
@@ -460,6 +461,98 @@ def test_a_list_of_sequences_is_padded_to_the_longest():
     teacher = TopK.from_prompt_logprobs([[None, {1: -0.5}], [None, {2: -0.5}, {3: -0.1}], []], 1)
     assert teacher.ids.squeeze(2).tolist() == [[1, -1, -1], [2, 3, -1], [-1, -1, -1]]
     assert TopK.from_prompt_logprobs([], 4).ids.shape == (0, 4)
+
+
+FOUND = {7: -0.5, 3: -1.5}  # of the second of two tokens
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [None, {7: Logprob(-0.5), 3: Logprob(-1.5)}],
+        [{}, {7: Logprob(-0.5), 3: Logprob(-1.5)}],
+        [None, {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -1.5, "rank": 2}}],
+        [None, [(-0.5, 7, None), (-1.5, 3, None)]],
+        [None, [[-0.5, 7, "a"], [-1.5, 3, "b"]]],
+        SimpleNamespace(start_indices=[0, 0], end_indices=[0, 3], token_ids=[3, 7, 3], logprobs=[-1.5, -0.5, -1.5]),
+        {
+            "start_indices": [0, 0],
+            "end_indices": [0, 2],
+            "token_ids": [7, 3],
+            "logprobs": [-0.5, -1.5],
+            "ranks": [1, 2],
+        },
+    ],
+    ids=[
+        "vLLM engine",
+        "vLLM engine, empty",
+        "vLLM HTTP",
+        "SGLang",
+        "SGLang JSON",
+        "vLLM flat",
+        "vLLM flat, as a dict",
+    ],
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_every_engine_says_is_read_alike(said, batched):
+    teacher = TopK.from_prompt_logprobs([said, said] if batched else said, 2)
+    for ids, logp in zip(teacher.ids, teacher.logp, strict=True) if batched else [(teacher.ids, teacher.logp)]:
+        assert ids.tolist() == [[7, 3], [-1, -1]]
+        assert logp[0].tolist() == [-0.5, -1.5]
+
+
+def test_the_prompts_own_tokens_alone_are_a_list_of_one():
+    """SGLang's input_token_logprobs."""
+    teacher = TopK.from_prompt_logprobs([(None, 5, None), (-0.5, 7, None), (-0.25, 3, "x")], 1)
+    assert teacher.ids.tolist() == [[7], [3], [-1]]
+    both = TopK.from_prompt_logprobs([[(None, 5, None), (-0.5, 7, None)], [(None, 5, None), (-0.25, 3, None)]], 1)
+    assert both.ids.tolist() == [[[7], [-1]], [[3], [-1]]]
+
+
+def test_minus_9999_is_minus_infinity_as_vllms_server_means_it():
+    z = torch.zeros(2, 4)
+    truth, http = (
+        tip.token_stats(z, TopK.from_prompt_logprobs([None, {"0": {"logprob": 0.0}, "1": {"logprob": low}}], 2))
+        for low in (-INF, -9999.0)
+    )
+    assert truth.kl_rev[0] == INF
+    assert torch.equal(http.kl_rev[:1], truth.kl_rev[:1]) and torch.equal(http.kl_fwd[:1], truth.kl_fwd[:1])
+
+
+POSITION = {7: -0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "got"),
+    [
+        ([[None, POSITION], None], "NoneType None"),
+        ([None, [None, POSITION]], "list"),
+        ([POSITION, POSITION], "dict"),  # of a completion: its first position has log-probabilities
+        ([[(-0.5, 7, None)], [(-0.25, 3, None)]], "list"),
+        ([[[(-0.5, 7, None)], [(-0.25, 3, None)]]], "list"),
+        ([(-0.5, 7, None), (-0.25, 3, None)], "tuple"),
+        ([None, {-1: -0.5}], "tuple"),
+        ([None, [(None, 7, None)]], "tuple"),
+        ([None, {7: None}], "tuple"),
+        ({"start_indices": [0], "end_indices": [1], "token_ids": [7], "logprobs": [-0.5]}, "dict"),
+        ("[null]", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_no_engine_says_of_a_prompt_is_refused(said, got):
+    with pytest.raises(ValueError, match=rf"^prompt_logprobs: expected .*, got {got}"):
+        TopK.from_prompt_logprobs(said, 2)
+
+
+def test_two_log_probabilities_of_one_token_are_refused():
+    with pytest.raises(ValueError, match=r"^prompt_logprobs: expected one log-probability of token 7 at a position"):
+        TopK.from_prompt_logprobs([None, [(-0.5, 7, None), (-0.6, 7, None)]], 2)
+
+
+def test_the_old_spelling_is_the_new_one_and_says_so():
+    with pytest.warns(FutureWarning, match="'renormalise' is spelled 'renormalize'"):
+        teacher = TopK(torch.tensor([[1, 2]]), torch.tensor([[-1.0, -2.0]]), "renormalise")
+    assert teacher.tail == "renormalize"
 
 
 # Bad input

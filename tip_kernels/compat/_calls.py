@@ -6,13 +6,25 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels._checks import expect, finite_number
+from tip_kernels._checks import FLOATS, expect, finite_number
 
 
 def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    model: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tip.Head:
-    """A Head. A weight that is sharded (a DTensor) is gathered, and cast to the hidden states' dtype."""
+    """A Head. A weight that is sharded (a DTensor) is gathered, and cast to the hidden states' dtype.
+
+    A weight or bias that holds no floats (a quantized one) would be cast to another head; it is refused, as an
+    argument of the model.
+    """
+    for name, x in (("weight", weight), ("bias", bias)):
+        ok = (x is None and name == "bias") or (isinstance(x, Tensor) and x.dtype in FLOATS)
+        expect(ok, f"{model}_{name}", "a float32, bfloat16 or float16 tensor", x)
     weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)

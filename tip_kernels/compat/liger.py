@@ -83,7 +83,8 @@ class LigerFusedLinearJSD(torch.nn.Module):
         Raises:
             ValueError: Naming the argument.
         """
-        student, teacher = head(student_input, student_weight), head(teacher_input, teacher_weight)
+        student = head("student", student_input, student_weight)
+        teacher = head("teacher", teacher_input, teacher_weight)
         mask = None if shift_labels is None else shift_labels != self.ignore_index
         mask, count = counted(mask, student_input.shape[:-1].numel())
         return tip.distill(
@@ -169,8 +170,8 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         Raises:
             ValueError: Naming the argument.
         """
-        student = head(student_input, student_weight, student_bias)
-        teacher = head(teacher_input, teacher_weight, teacher_bias)
+        student = head("student", student_input, student_weight, student_bias)
+        teacher = head("teacher", teacher_input, teacher_weight, teacher_bias)
         valid = true_labels != self.ignore_index
         mask, count = counted(valid, true_labels.numel())
         labels = true_labels.masked_fill(~valid, IGNORED)

@@ -72,10 +72,20 @@ class ChunkedDivergenceFunction:
             ValueError: Naming the argument.
         """
         student = head(
-            student_hidden, student_weight, student_bias, student_logit_scale, student_final_logit_softcapping
+            "student",
+            student_hidden,
+            student_weight,
+            student_bias,
+            student_logit_scale,
+            student_final_logit_softcapping,
         )
         teacher = head(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping
+            "teacher",
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            teacher_logit_scale,
+            teacher_final_logit_softcapping,
         )
         stats = tip.token_stats(student, teacher, temperature=temperature)
         rows = tip.divergence_loss(student, teacher, divergence=jsd("beta", beta), stats=stats, temperature=temperature)

@@ -394,7 +394,7 @@ CHECKS: dict[str, Check] = {
     },
     "divergence_loss ReverseKL, bfloat16 Head": partial(_learn, "ReverseKL", "bfloat16 Head"),
     "divergence_loss of a clipped sum": _sum_and_clip,
-    **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalise")},
+    **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalize")},
     "distill, one sweep": partial(_distill, "one sweep", select=tip.KeepAll(), execution=tip.Execution(sweeps=1)),
     "distill, two sweeps": partial(_distill, "two sweeps", select=tip.SoftOr(KEEP), execution=tip.Execution(sweeps=2)),
     "distill, backward=True": partial(

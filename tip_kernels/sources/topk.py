@@ -12,19 +12,21 @@ which needs the student's projection alone. N rows, R rows of a block, C columns
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, is_int
+from tip_kernels.sources.engines import sequences_of
 
 ABSENT = -1  # the id of an entry that is none
 LEAST_REST = 2.0**-24  # 1 less a sum of probabilities in fp32 knows no better
 NO_REST = 2.0**-17  # a sum over fp32 log-probabilities of about -10 may be off by as much
 TOO_MUCH = 1.05  # a sum of probabilities above it is no rounding of log-probabilities, even in bfloat16
-TAILS = ("bucket", "ignore", "renormalise")
+TAILS = ("bucket", "ignore", "renormalize")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,13 @@ class TopK:
                      of the divergence over the whole vocabulary
         ignore       KL(t||s) = sum_S t log(t/s): the sum stops at S. It may be negative; nothing holds the rest down
                      but the student's normalisation (verl's forward_kl_topk)
-        renormalise  the divergence of t / sum_S t and s / sum_S s, which says nothing about the rest (arXiv 2603.25562)
+        renormalize  the divergence of t / sum_S t and s / sum_S s, which says nothing about the rest (arXiv 2603.25562)
 
     and so for the other divergences; "ignore" knows ForwardKL, ReverseKL, Jeffreys, HellingerSq and their sums.
 
     ids   (N, K) or (B, T, K) int64; -1 marks an absent entry, whose logp is not read. No id twice in a row
     logp  the same shape, float32, bfloat16 or float16: log-probabilities over the whole vocabulary at temperature 1
-    tail  "bucket", "ignore" or "renormalise"
+    tail  "bucket", "ignore" or "renormalize"
 
     Accepted as the teacher of token_stats, divergence_loss and distill, at temperature 1 and with no divergence that
     reads labels. kl_fwd, kl_rev, hellinger_sq and entropy_t are those of the outcomes; logp_t is known for a listed
@@ -69,8 +71,11 @@ class TopK:
         ok = isinstance(logp, Tensor) and logp.shape == ids.shape and logp.dtype in FLOATS
         expect(ok, "logp", f"a float32, bfloat16 or float16 tensor of ids' shape {tuple(ids.shape)}", logp)
         expect(logp.device == ids.device, "logp", f"a tensor on ids' device {ids.device}", logp)
+        if self.tail == "renormalise":
+            warnings.warn("tip_kernels.TopK: tail 'renormalise' is spelled 'renormalize'", FutureWarning, stacklevel=3)
+            object.__setattr__(self, "tail", "renormalize")
         ok = isinstance(self.tail, str) and self.tail in TAILS
-        expect(ok, "tail", "'bucket', 'ignore' or 'renormalise'", self.tail)
+        expect(ok, "tail", "'bucket', 'ignore' or 'renormalize'", self.tail)
         if ids.device.type == "cpu" and ids.numel():
             low = int(ids.min())
             expect(low >= ABSENT, "ids", "token ids, or -1 for an absent entry", low)
@@ -87,51 +92,35 @@ class TopK:
 
     @classmethod
     def from_prompt_logprobs(
-        cls, prompt_logprobs: Sequence, k: int, *, tail: str = "bucket", device: torch.device | str = "cpu"
+        cls, prompt_logprobs: Any, k: int, *, tail: str = "bucket", device: torch.device | str = "cpu"
     ) -> TopK:
         """The teacher that a serving engine's `prompt_logprobs` describe, K = k, in rows of a model's logits.
 
-        prompt_logprobs  a list over the T positions of a sequence, each None or a dict from token id to a float, to
-                         {"logprob": float} or to an object with .logprob, as vLLM has them; or a list of B such lists
+        prompt_logprobs  what vLLM or SGLang returned for a sequence of T tokens, or a list of B such: see engines.py
         k                entries a row; fewer are padded with id -1. Of more, the k most probable are kept: vLLM adds
                          the prompt's own token where it is not among those asked for, which takes k + 1
         tail             of the TopK
         device           where its tensors go
 
         Returns a TopK of shape (T, k), or (B, longest T, k). Entry i + 1 of the list, which tells of token i + 1,
-        becomes row i, whose logits predict that token. Entry 0 (None in vLLM) has no such row and is dropped; the last
-        row has no entries. Masking rows is left to row_mask. Raises ValueError naming the argument.
+        becomes row i, whose logits predict that token. Entry 0, empty in every engine, has no such row; the last row
+        has no entries. Masking rows is left to row_mask. Raises ValueError naming the argument.
         """
         ok = is_int(k) and k >= 1
         expect(ok, "k", "an int of at least 1", k)
-        form = "a list over positions of None or {token id: log-probability}, or a list of such lists"
-        ok = isinstance(prompt_logprobs, Sequence) and not isinstance(prompt_logprobs, str)
-        expect(ok, "prompt_logprobs", form, prompt_logprobs)
-        batched = bool(prompt_logprobs) and all(isinstance(entry, Sequence) for entry in prompt_logprobs)
-        sequences = prompt_logprobs if batched else [prompt_logprobs]
-        steps = max(len(sequence) for sequence in sequences)
+        sequences, batched = sequences_of(prompt_logprobs)
+        steps = max((len(sequence) for sequence in sequences), default=0)
         ids = torch.full((len(sequences), steps, k), ABSENT, dtype=torch.int64)
         logp = torch.full((len(sequences), steps, k), -math.inf)
         for b, sequence in enumerate(sequences):
             for row, entries in enumerate(sequence[1:]):
-                expect(entries is None or isinstance(entries, Mapping), "prompt_logprobs", form, entries)
-                found = sorted(map(_entry, (entries or {}).items()), key=lambda entry: -entry[1])[:k]
+                found = sorted(entries.items(), key=lambda entry: -entry[1])[:k]
                 if found:
                     ids[b, row, : len(found)] = torch.tensor([entry[0] for entry in found])
                     logp[b, row, : len(found)] = torch.tensor([entry[1] for entry in found])
         if not batched:
             ids, logp = ids[0], logp[0]
         return cls(ids.to(device), logp.to(device), tail)
-
-
-def _entry(item: tuple) -> tuple[int, float]:
-    """(token id, log-probability) of an item of a position's dict."""
-    token, value = item
-    value = value.get("logprob") if isinstance(value, Mapping) else getattr(value, "logprob", value)
-    try:
-        return int(token), float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"prompt_logprobs: expected {{token id: log-probability}}, got {item!r}") from None
 
 
 def check_request(temperature: object, *, margins: bool = False, top_k: int = 0) -> None:
