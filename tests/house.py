@@ -74,7 +74,6 @@ NOT_YET = {
     "complexity of inspect",
     "complexity of main",
     "complexity of measure",
-    "complexity of run_joined",
     "complexity of table_of",
 }
 

@@ -573,15 +573,82 @@ AROUND = [
      "test_contracts.py::test_a_focus_goes_on_from_its_state_dict_after_a_journey_through_json"),
     ("importance.py", "lambda stats: -stats.logp_s", "lambda stats: stats.logp_s", "test_importance.py"),
     ("importance.py", "stats.hellinger_sq.sqrt()", "stats.hellinger_sq", "test_importance.py"),
-    ("opd/checkpoint.py", "folder.unlink() if folder.is_symlink() else shutil", "shutil",
+    ("opd/disk.py", "folder.unlink() if folder.is_symlink() else shutil", "shutil",
      "test_faults.py::test_a_run_writes_and_removes_nothing_outside_its_folder"),
     ("opd/checkpoint.py", 'not re.fullmatch(r"checkpoint-\\d+", name) or not', "not",
      "test_faults.py::test_a_pointer_out_of_the_folder_is_no_checkpoint"),
-    ("opd/pair.py", ', "trust_remote_code": False', ', "trust_remote_code": True',
+    ("opd/weights.py", ', "trust_remote_code": False}', ', "trust_remote_code": True}',
      "test_faults.py::test_no_code_of_a_checkpoint_is_run"),
-    ("opd/checkpoint.py", "    _write(folder / \"latest\", target.name + \"\\n\")\n    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            _remove(old)\n",
-     "    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            _remove(old)\n    _write(folder / \"latest\", target.name + \"\\n\")\n",
-     "test_faults.py::test_an_interrupted_write_leaves_a_checkpoint_to_go_on_from"),
+]  # fmt: skip
+
+CUT_SHORT = "test_faults.py::test_an_interrupted_write_leaves_a_checkpoint_to_go_on_from"
+TOGETHER = "test_runs.py::test_of_two_runs_that_begin_together_in_a_new_folder_one_ends_with_a_line"
+CHANGED = "test_runs.py::test_a_run_whose_task_teacher_or_student_has_changed_is_not_resumed"
+MOMENTS = "test_runs.py::test_an_incomplete_or_foreign_state_of_the_optimizer_is_not_resumed"
+FOREIGN = "test_runs.py::test_a_truncated_or_foreign_file_of_a_run_is_one_line_that_names_it"
+STATE = "test_runs.py::test_a_state_of_another_make_is_not_resumed"
+LOG = "test_runs.py::test_a_log_without_a_row_of_each_step_is_not_resumed"
+SYNCED = "test_runs.py::test_a_checkpoint_is_on_the_disk_before_it_is_the_newest_and_that_before_the_older_one_goes"
+FULL = "test_runs.py::test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays"
+SEEMING = "test_runs.py::test_a_folder_that_is_not_the_model_that_it_says_is_one_line_that_names_it"
+COMPARED = "test_runs.py::test_a_truncated_or_foreign_run_is_not_compared"
+VALUES = "test_runs.py::test_a_log_of_other_values_is_not_compared"
+TABLES = "test_runs.py::test_a_table_of_another_make_is_one_line_that_names_its_file"
+
+RUNS = [
+    ("opd/checkpoint.py", "    disk.write_text(folder / \"latest\", target.name + \"\\n\")\n    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            disk.remove(old)\n",
+     "    for old in folder.glob(\"checkpoint-*\"):\n        if old != target:\n            disk.remove(old)\n    disk.write_text(folder / \"latest\", target.name + \"\\n\")\n",
+     f"{CUT_SHORT} {SYNCED}"),
+    ("opd/disk.py", "                self.lock.acquire()\n", "                pass\n", TOGETHER),
+    ("opd/cli.py", "        claim.take()\n        if not resumed:", "        if not resumed:", TOGETHER),
+    ("opd/cli.py", '            checkpoint.check_output(folder, options.get("overwrite", False))\n        checkpoint.begin', "            pass\n        checkpoint.begin", TOGETHER),
+    ("opd/checkpoint.py", "path.name != disk.LOCK for path", "path.name for path", TOGETHER),
+    ("opd/origin.py", 'sha256_of(path) if path.is_file() else ""', '""', CHANGED),
+    ("opd/origin.py", "{path.name} {sha256_of(path)}", "{path.name}", CHANGED),
+    ("opd/checkpoint.py", 'if begun["sha256"].get(name) != now)', "if False)", CHANGED),
+    ("opd/checkpoint.py", 'if state["step"] != int(', "if 0 and int(", "test_runs.py::test_a_checkpoint_of_another_step_is_not_resumed"),
+    ("opd/checkpoint.py", "        if was != now:", "        if False:", "test_runs.py::test_a_checkpoint_of_another_run_is_not_resumed"),
+    ("opd/cli.py", "if settings.steps < counters.step:", "if False:", "test_runs.py::test_a_run_is_not_resumed_to_an_earlier_step"),
+    ("opd/checkpoint.py", "or files.get(name) != sums[name]", "", f"{MOMENTS} test_runs.py::test_weights_of_a_checkpoint_that_are_not_the_runs_are_not_resumed"),
+    ("opd/checkpoint.py", "sums.keys() | files.keys()", "files.keys()", "test_runs.py::test_a_file_that_came_to_a_checkpoint_later_is_not_resumed"),
+    ("opd/checkpoint.py", 'state.keys() == {"step", *MOMENTS}', 'state.keys() <= {"step", *MOMENTS}', MOMENTS),
+    ("opd/checkpoint.py", "state[name].shape == weight.shape", "state[name].numel() == weight.numel()", MOMENTS),
+    ("opd/checkpoint.py", "or (not whole and counters.step > counters.skipped)", "", MOMENTS),
+    ("opd/checkpoint.py", "            loop.focus.load_state_dict(counters.focus)", "            pass", "test_runs.py::test_a_state_of_adakd_is_whole"),
+    ("opd/checkpoint.py", "type(value) is int and value >= 0", "isinstance(value, int)", f"{FOREIGN} {STATE}"),
+    ("opd/checkpoint.py", "or read[name] != value:", ":", "test_runs.py::test_settings_that_no_option_gives_are_not_resumed"),
+    ("opd/checkpoint.py", "    if len(kept) <= step:", "    if False:", LOG),
+    ("opd/checkpoint.py", '.get("step") == len(kept)', '.get("step") is not None', LOG),
+    ("opd/checkpoint.py", "        gone = [\"student\", \"partial\"]", "        gone = [\"partial\"]", "test_runs.py::test_a_run_that_goes_on_loses_the_end_that_it_had"),
+    ("inspect/objects.py", "if not math.isfinite(value := float(word)):", "value = float(word)\n        if False:", f"{FOREIGN} {COMPARED}"),
+    ("inspect/objects.py", "    except RecursionError:", "    except KeyError:", FOREIGN),
+    ("inspect/objects.py", "    except (OSError, UnicodeDecodeError) as error:", "    except OSError as error:", FOREIGN),
+    ("opd/disk.py", "            sync(path)\n        sync(partial)", "            pass\n        sync(partial)", SYNCED),
+    ("opd/disk.py", "            sync(path)\n        sync(partial)\n", "            sync(path)\n", SYNCED),
+    ("opd/disk.py", "        os.replace(partial, target)\n        sync(target.parent)", "        os.replace(partial, target)", SYNCED),
+    ("opd/disk.py", "        sync(partial)\n        os.replace(partial, path)", "        os.replace(partial, path)", SYNCED),
+    ("opd/disk.py", "        os.replace(partial, path)\n        sync(path.parent)", "        os.replace(partial, path)", SYNCED),
+    ("opd/checkpoint.py", '                disk.sync(folder / "log.jsonl")', "                pass", SYNCED),
+    ("opd/disk.py", "    except (OSError, SafetensorError) as error:", "    except OSError as error:", FULL),
+    ("opd/checkpoint.py", "    except UsageError:\n        disk.remove(partial)", "    except UsageError:\n        pass", FULL),
+    ("opd/weights.py", "if any(path.is_absolute()", "if all(path.is_absolute()", SEEMING),
+    ("opd/weights.py", 'or ".." in path.parts for path', "for path", SEEMING),
+    ("opd/weights.py", "isinstance(value, int) and value > most", "isinstance(value, int) and value > 10**12", SEEMING),
+    ("opd/weights.py", "        if shape != own[name]:", "        if False:", SEEMING),
+    ("opd/weights.py", 'if not dtype.startswith(("F", "BF")):', "if False:", SEEMING),
+    ("opd/weights.py", "if of_any_layer(name) in known", "if False", SEEMING),
+    ("opd/weights.py", "if not weight.isfinite().all():", "if weight.isnan().all():", SEEMING),
+    ("opd/weights.py", 'if (folder / "adapter_config.json").is_file():', "if False:", SEEMING),
+    ("opd/weights.py", "            read_object(folder / name, argument)", "            pass", SEEMING),
+    ("opd/pair.py", 'argument, source = "--resume", later', "source = later", "test_runs.py::test_of_a_resumed_run_the_folder_named_is_the_checkpoints"),
+    ("opd/train.py", "self._expect_numbers(nats, sum(tally) == rows)", "pass", "test_runs.py::test_a_model_of_nan_ends_with_an_error_that_names_it"),
+    ("opd/train.py", "self._expect_numbers(nats, sum(tally) == rows)", "self._expect_numbers(nats, True)", "test_runs.py::test_a_model_of_nan_ends_with_an_error_that_names_it"),
+    ("opd/train.py", "self._expect_numbers(sums.kl, math.isfinite(sums.entropy))", "pass", "test_runs.py::test_a_teacher_of_nan_for_one_token_ends_a_run_at_that_token"),
+    ("inspect/curves.py", 'or row["step"] < 0', "", COMPARED),
+    ("inspect/curves.py", "if not number_is and (name in COUNTS or row[name] is not None):", "if not number_is and row[name] is not None:", VALUES),
+    ("inspect/curves.py", "if not any(panels):", "if False:", "test_runs.py::test_runs_with_nothing_to_draw_are_not_compared"),
+    ("inspect/tokens.py", "if not all(isinstance(value, kinds[name]) for name, value in rollout.items()):", "if False:", TABLES),
+    ("inspect/tokens.py", "if not all(isinstance(text, str) for text in getattr(self, name)):", "if False:", TABLES),
 ]  # fmt: skip
 
 MUTANTS = [
@@ -600,6 +667,7 @@ MUTANTS = [
     *(Mutant("one_sweep.py", *row, ONE) for row in SWEEP),
     *(Mutant(*row) for row in AROUND),
     *(Mutant(*row) for row in BORDERS),
+    *(Mutant(*row) for row in RUNS),
     *(Mutant("parallel.py", *row, RANKS) for row in ACROSS_RANKS),
 ]
 

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from tip_kernels import __main__ as command
-from tip_kernels.opd import UsageError, checkpoint
+from tip_kernels.opd import UsageError, checkpoint, disk
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task
@@ -76,8 +76,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], int]:
         Path(path).write_bytes(b"\x40\x00\x00\x00")
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", broken(shutil.rmtree, half_a_tree))
-    monkeypatch.setattr(checkpoint.os, "replace", broken(os.replace, nothing))
+    monkeypatch.setattr(disk.shutil, "rmtree", broken(shutil.rmtree, half_a_tree))
+    monkeypatch.setattr(disk.os, "replace", broken(os.replace, nothing))
     monkeypatch.setattr(checkpoint, "save_file", broken(checkpoint.save_file, half_a_file))
     monkeypatch.setattr(Path, "write_text", broken(Path.write_text, half_a_text))
     real = checkpoint.save_student

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from tip_kernels.inspect.objects import parse_object, read_object, read_text
 from tip_kernels.inspect.page import QUADRANTS
 from tip_kernels.opd import UsageError
 
@@ -36,6 +37,9 @@ CURVES = {  # log column: title, whether it is a share
 }
 
 
+COUNTS = ("kept", "rows", "seconds")  # columns that are added up
+
+
 @dataclass
 class Run:
     """One run: its settings and its log, a dict a step; row 0 is the evaluation before training."""
@@ -50,15 +54,11 @@ class Run:
         for name in ("run.json", "log.jsonl"):
             if not (folder / name).is_file():
                 raise UsageError(f"argument RUN: expected the folder of a run, got {str(folder)!r} without {name}")
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        try:
-            rows = [json.loads(line) for line in lines]
-            steps = [row["step"] for row in rows]
-            settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(f"argument RUN: expected the log of a run in {folder}, got: {error!r}") from None
+        settings, log = read_object(folder / "run.json", "RUN"), folder / "log.jsonl"
+        rows = [_row(log, number, line) for number, line in enumerate(read_text(log, "RUN").splitlines(), start=1)]
+        steps = [row["step"] for row in rows]
         if not rows or steps != sorted(set(steps)):
-            raise UsageError(f"argument RUN: expected ascending steps in {folder / 'log.jsonl'}, got {steps[:5]}")
+            raise UsageError(f"argument RUN: expected ascending steps in {log}, got {steps[:5]}")
         return cls(folder.resolve().name, settings, rows)
 
     def axis(self, name: str) -> dict[int, float]:
@@ -90,6 +90,26 @@ class Group:
             x[axis] = [statistics.fmean(place[step] for place in places) for step in steps]
         mean, low, high = zip(*bands, strict=True) if bands else ((), (), ())
         return {"label": self.name, "x": x, "y": mean, "low": low, "high": high}
+
+
+def _row(log: Path, number: int, line: str) -> dict:
+    """A line of a log; UsageError where a column that is drawn holds anything but what a run writes."""
+    try:
+        row = parse_object(line)
+        if type(row.get("step")) is not int or row["step"] < 0:
+            raise ValueError(f"step {row.get('step')!r}")
+        for name in (*CURVES, *COUNTS, "q1", "q2", "q3", "q4"):
+            number_is = type(row.get(name, 0)) in (int, float) and math.isfinite(row.get(name, 0))
+            if not number_is and (name in COUNTS or row[name] is not None):
+                raise ValueError(f"{name} {row[name]!r}")
+        histogram = row.get("entropy_histogram")
+        if histogram is not None and not (
+            float(histogram["top"]) > 0 and histogram["counts"] and all(count >= 0 for count in histogram["counts"])
+        ):
+            raise ValueError(f"entropy_histogram {histogram!r}")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UsageError(f"argument RUN: expected a row of a run in {log}, line {number}, got: {error}") from None
+    return row
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -148,6 +168,8 @@ def comparison(groups: list[Group]) -> dict:
     """What the page of compared runs shows."""
     runs = [run.name for group in groups for run in group.runs]
     panels = [_panel(column, [group.curve(column) for group in groups]) for column in CURVES]
+    if not any(panels):
+        raise UsageError(f"argument RUN: expected runs with a value to draw in their logs, got {', '.join(runs)}")
     head = ["", "runs", "start accuracy", "end accuracy", "end KL", "kept", "steps", "tokens", "seconds"]
     rows = [
         [

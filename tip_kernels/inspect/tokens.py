@@ -93,8 +93,15 @@ class TokenTable:
             raise UsageError(f"argument FILE: expected a file of statistics, got {str(path)!r}, which is not there")
         if path.suffix not in SUFFIXES:
             raise UsageError(f"argument FILE: expected a name in .safetensors or .parquet, got {str(path)!r}")
-        table = _load_parquet(path) if path.suffix == ".parquet" else _load_safetensors(path)
-        table._check(path)
+        try:
+            table = _load_parquet(path) if path.suffix == ".parquet" else _load_safetensors(path)
+            table._check_kinds()
+            table._check(path)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a file of another make can hold
+            reason = " ".join(repr(error).split())[:200]
+            raise UsageError(f"argument FILE: expected what save_statistics writes in {path}, got: {reason}") from None
         return table
 
     @classmethod
@@ -139,6 +146,26 @@ class TokenTable:
             rollouts=[rollout for table in tables for rollout in table.rollouts],
             about={key: value for table in tables for key, value in table.about.items()},
         )
+
+    def _check_kinds(self) -> None:
+        """ValueError where something is not of the kind that its field says."""
+        for name, columns in {
+            "rollout": [self.rollout],
+            "a statistic": self.statistics.values(),
+            "kept": [self.kept],
+        }.items():
+            if any(column is not None and column.dim() != 1 for column in columns):
+                raise ValueError(f"{name} that is no column")
+        for name in ("text", "strings"):
+            if not all(isinstance(text, str) for text in getattr(self, name)):
+                raise ValueError(f"{name} that is no list of texts")
+        kinds = {"prompt": str, "group": str, "right": bool, "ended": bool}
+        for rollout in self.rollouts:
+            if not all(isinstance(value, kinds[name]) for name, value in rollout.items()):
+                raise ValueError(f"a rollout of {rollout!r}")
+        if not all(isinstance(name, str) for name in self.about):
+            raise ValueError("about that is no object")
+        self.about = {name: str(value) for name, value in self.about.items()}
 
     def _check(self, path: Path) -> None:
         n, many = len(self.text), len(self.rollouts)
@@ -378,20 +405,17 @@ def _load_safetensors(path: Path) -> TokenTable:
             f"argument FILE: expected statistics that save_statistics wrote ({FORMAT}), got {path}, which holds"
             f" {metadata.get('format', 'something else')!r}"
         )
-    try:
-        listed = {name: json.loads(metadata[name]) for name in ("strings", "text", "rollouts", "about")}
-        tops = {
-            name: Top(tensors[name].long(), tensors[f"{name}_p"].float()) if name in tensors else None
-            for name in ("top_s", "top_t")
-        }
-        statistics = {n.removeprefix("statistic."): t.float() for n, t in tensors.items() if n.startswith("statistic.")}
-        order = [n for n in STATISTICS if n in statistics] + [n for n in statistics if n not in STATISTICS]
-        kept = tensors["kept"].bool() if "kept" in tensors else None
-        return TokenTable(
-            tensors["rollout"].long(), statistics={n: statistics[n] for n in order}, kept=kept, **tops, **listed
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"argument FILE: expected what save_statistics writes in {path}, got: {error!r}") from None
+    listed = {name: json.loads(metadata[name]) for name in ("strings", "text", "rollouts", "about")}
+    tops = {
+        name: Top(tensors[name].long(), tensors[f"{name}_p"].float()) if name in tensors else None
+        for name in ("top_s", "top_t")
+    }
+    statistics = {n.removeprefix("statistic."): t.float() for n, t in tensors.items() if n.startswith("statistic.")}
+    order = [n for n in STATISTICS if n in statistics] + [n for n in statistics if n not in STATISTICS]
+    kept = tensors["kept"].bool() if "kept" in tensors else None
+    return TokenTable(
+        tensors["rollout"].long(), statistics={n: statistics[n] for n in order}, kept=kept, **tops, **listed
+    )
 
 
 def _pyarrow():

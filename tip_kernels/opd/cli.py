@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING
 
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.options import parser
-from tip_kernels.opd.settings import MODELS, PACKAGED, Settings
+from tip_kernels.opd.settings import MODELS, Settings
 
 if TYPE_CHECKING:
+    import torch
+
+    from tip_kernels.opd.disk import Claim
     from tip_kernels.opd.ranks import Ranks
     from tip_kernels.opd.task import Task
+    from tip_kernels.opd.train import Loop
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
 NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker", "timeout")
@@ -65,12 +69,6 @@ def pick_device(name: str):
     return device
 
 
-def source_of(settings: Settings, role: str) -> Path | str:
-    """The checkpoint folder of the "teacher" or the "student", or the name of a model that is no folder."""
-    value = getattr(settings, role)
-    return PACKAGED / role if value == "packaged" else value
-
-
 def check_preset(given: dict, stored: dict) -> None:
     """A preset chooses the tokens itself, so neither --rule nor --keep can be given beside it."""
     preset = given.get("preset") or stored.get("preset")
@@ -92,10 +90,16 @@ def check_teacher(settings: Settings) -> None:
     raise UsageError(f"argument --teacher-topk: expected none beside {other}, got {settings.teacher_topk}")
 
 
-def settings_of(options: dict, folder: Path) -> tuple[Settings, Path | None]:
-    """The settings, and on --resume the checkpoint to continue from; refuses an output folder that is taken."""
+def settings_of(options: dict, claim: Claim) -> tuple[Settings, Path | None]:
+    """The settings, and on --resume the checkpoint to continue from; refuses an output folder that is taken.
+
+    The folder of a run is claimed before it is read, a new one when it is made.
+    """
     from tip_kernels.opd import checkpoint
 
+    folder = claim.folder
+    if (folder / "run.json").is_file():
+        claim.take()
     given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
     check_preset(given, checkpoint.stored_settings(folder) if options.get("resume") else {})
     for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
@@ -140,46 +144,80 @@ def run(options: dict) -> int:
 
 
 def run_joined(options: dict, ranks: Ranks) -> int:
-    """The same of a process that has joined the others. Every argument is checked before anything is written."""
-    from tip_kernels.opd import checkpoint, report, smollm2, trackers
+    """The same of a process that has joined the others."""
+    from tip_kernels.opd.disk import Claim
+
+    with Claim(Path(options.get("output", "runs/opd"))) as claim:
+        return run_claimed(options, ranks, claim)
+
+
+def load(settings: Settings, resumed: Path | None, device: torch.device, ranks: Ranks) -> tuple[Loop, dict]:
+    """The loop, as a checkpoint left it where one is given, and what the run begins from, which is checked first."""
+    from tip_kernels.opd import checkpoint
+    from tip_kernels.opd.origin import origin_of, source_of
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop
 
-    began = time.perf_counter()
-    quiet, folder = options.get("quiet", False) or not ranks.writes, Path(options.get("output", "runs/opd"))
-    settings, resumed = ranks.decided(lambda: settings_of(options, folder))
+    task = ranks.each(lambda: load_task(settings.task, settings.eval_prompts))
+    origin = ranks.each(lambda: origin_of(settings, task))
+    first = ranks.decided(lambda: origin)
+    ranks.each(lambda: checkpoint.check_same(origin, first, f"process {ranks.rank}"))
+    counters = ranks.each(lambda: checkpoint.check(resumed, origin)) if resumed else None
+    sources = source_of(settings, "teacher"), source_of(settings, "student")
+    pair = ranks.each(lambda: load_pair(*sources, device, resumed))
+    loop = ranks.each(lambda: Loop(settings, pair, task, device, ranks))
+    if resumed and counters:
+        if settings.steps < counters.step:
+            raise UsageError(
+                f"argument --steps: expected at least the {counters.step} that the run has taken, got {settings.steps}"
+            )
+        ranks.each(lambda: checkpoint.restore(resumed, loop, counters))
+    return loop, origin
+
+
+def run_claimed(options: dict, ranks: Ranks, claim: Claim) -> int:
+    """The same with the folder that it may write to. Every argument is checked before anything is written."""
+    from tip_kernels.opd import checkpoint, disk, report, smollm2, trackers
+
+    began, folder = time.perf_counter(), claim.folder
+    quiet = options.get("quiet", False) or not ranks.writes
+    settings, resumed = ranks.decided(lambda: settings_of(options, claim))
     check_teacher(settings)
     trackers.check(options.get("tracker"))
     device = ranks.device if ranks.count > 1 else pick_device(settings.device)
     if any(smollm2.layers_of(name) is not None for name in (settings.teacher, settings.student)):
         smollm2.file()  # a missing package is named before anything is loaded
-    task = load_task(settings.task, settings.eval_prompts)
-    pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, resumed)
-    loop = Loop(settings, pair, task, device, ranks)
-    if resumed:
-        checkpoint.restore(resumed, loop)
-    elif ranks.writes:
+    loop, origin = load(settings, resumed, device, ranks)
+    task, earlier = loop.task, loop.counters.seconds
+
+    def begin() -> None:
+        claim.take()
+        if not resumed:  # another run may have ended here meanwhile
+            checkpoint.check_output(folder, options.get("overwrite", False))
+        checkpoint.begin(folder, settings, loop.counters.step if resumed else None)
+
+    ranks.decided(begin)
+    if ranks.writes and not resumed:
         warn_of_judge(task)
-    earlier = loop.counters.seconds
-    ranks.decided(lambda: checkpoint.begin(folder, settings, loop.counters.step if resumed else None))
     named = options.get("tracker") if ranks.writes else None
-    tracker = trackers.open_tracker(named, folder, asdict(settings), loop.counters.step)
     with (
-        closing(tracker),
+        closing(trackers.open_tracker(named, folder, asdict(settings), loop.counters.step)) as tracker,
         Interrupt(ranks) as interrupt,
         report.Progress(settings, loop.counters.step, quiet) as progress,
     ):
 
-        def after_step(row: dict) -> bool:
-            interrupt.asked = bool(ranks.total([interrupt.asked])[0])  # all stop after the same step
-            if not ranks.writes:
-                return not interrupt.asked
+        def write(row: dict) -> None:
             checkpoint.append_row(folder, row)
-            tracker.log(trackers.numbers_of(row), row["step"])
+            with disk.writing(folder):
+                tracker.log(trackers.numbers_of(row), row["step"])
             progress.show(row)
             if interrupt.asked or "eval_kl" in row:
-                checkpoint.save(folder, loop)
+                checkpoint.save(folder, loop, origin)
+
+        def after_step(row: dict) -> bool:
+            interrupt.asked = bool(ranks.total([interrupt.asked])[0])  # all stop after the same step
+            ranks.decided(lambda: write(row))
             return not interrupt.asked
 
         going = True
@@ -195,17 +233,22 @@ def run_joined(options: dict, ranks: Ranks) -> int:
         if ranks.writes:
             print(f"tip-kernels opd: interrupted after step {step} of {settings.steps}; {again}", file=sys.stderr)
         return 130
-    if not ranks.writes:
-        return 0
-    warn_of_errors(task, loop.counters.judge_errors)
-    checkpoint.save_student(folder / "student", loop)
-    result = report.summary(loop.counters, settings, device, folder, seconds)
+    return end(options, loop, folder, seconds) if ranks.writes else 0
+
+
+def end(options: dict, loop: Loop, folder: Path, seconds: float) -> int:
+    """What a run leaves and says at its end; returns the exit code."""
+    from tip_kernels.opd import checkpoint, report
+
+    warn_of_errors(loop.task, loop.counters.judge_errors)
+    checkpoint.finish(folder, loop)
+    result = report.summary(loop.counters, loop.settings, loop.device, folder, seconds)
     checkpoint.write_json(folder / "summary.json", result)
     pages = "" if options.get("no_report") else ", report.html"
     if pages:
         report.write_pages(folder, result)
-    if not quiet:
-        report.print_table(result, task.name, len(task.held_out), pages)
+    if not options.get("quiet"):
+        report.print_table(result, loop.task.name, len(loop.task.held_out), pages)
     if options.get("json"):
         print(json.dumps(checkpoint.finite(result)), flush=True)
     return 0
@@ -213,7 +256,7 @@ def run_joined(options: dict, ranks: Ranks) -> int:
 
 def make_models(options: dict) -> int:
     """--retrain; returns the exit code."""
-    from tip_kernels.opd import checkpoint
+    from tip_kernels.opd import checkpoint, disk
     from tip_kernels.opd.retrain import retrain
 
     allowed = {"retrain", "output", "overwrite", "seed", "json", "quiet"}
@@ -221,12 +264,13 @@ def make_models(options: dict) -> int:
         raise UsageError(
             f"argument --retrain: expected no other option than --output, --overwrite, --seed, got --{wrong[0]}"
         )
-    folder = Path(options.get("output", "runs/opd-models"))
-    checkpoint.check_output(folder, options.get("overwrite", False), marker="retrain.json")
-    quiet = options.get("quiet", False)
-    record = retrain(
-        folder, options.get("seed", 0), (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    )
+    folder, overwrite = Path(options.get("output", "runs/opd-models")), options.get("overwrite", False)
+    say = (lambda line: None) if options.get("quiet") else (lambda line: print(line, file=sys.stderr))
+    with disk.Claim(folder) as claim, disk.writing(folder):
+        checkpoint.check_output(folder, overwrite, marker="retrain.json")
+        claim.take()
+        checkpoint.check_output(folder, overwrite, marker="retrain.json")  # another may have ended here meanwhile
+        record = retrain(folder, options.get("seed", 0), say)
     if options.get("json"):
         print(json.dumps(record), flush=True)
     return 0
@@ -242,6 +286,9 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes each has the same error
             print(f"tip-kernels opd: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of a file that no one looked at more closely
+        print(f"tip-kernels opd: error: expected files that can be used, got {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -68,6 +68,7 @@ def inspect(options: dict) -> int:
     """One page; returns the exit code."""
     from tip_kernels.inspect import page
     from tip_kernels.inspect.tokens import SUFFIXES, TokenTable
+    from tip_kernels.opd.disk import writing
 
     files = [Path(name) for name in options.get("files", [])]
     pair = [name for name in ("teacher", "student", "task", "chat") if name in options]
@@ -90,7 +91,8 @@ def inspect(options: dict) -> int:
         tables = [_of_pair(options, say)]
     table = TokenTable.join(tables)
     if "save" in options:
-        table.save(options["save"])
+        with writing(save, "--save"):
+            table.save(save)
         say(f"statistics in {options['save']}")
     title = " and ".join(dict.fromkeys(_name(path) for path in files)) or "{student} beside {teacher}".format(
         **table.about
@@ -133,14 +135,18 @@ def _of_run(folder: Path, options: dict, files: list[Path], say: Callable[[str],
     """The table of a run: its student before and after, each with rollouts of its own."""
     from tip_kernels.inspect.tokens import TokenTable
     from tip_kernels.opd import checkpoint
+    from tip_kernels.opd.origin import origin_of
+    from tip_kernels.opd.task import load_task
 
     if not (folder / "run.json").is_file():
         raise UsageError(f"argument FILE: expected the folder of a run, got {str(folder)!r} without run.json")
-    settings = checkpoint.resumed_settings(folder, {})
-    newest = checkpoint.latest(folder)
+    settings = checkpoint.resumed_settings(folder, {}, "FILE")
+    newest = checkpoint.latest(folder, "FILE")
+    origin = origin_of(settings, load_task(settings.task, settings.eval_prompts))
+    focus = checkpoint.check(newest, origin, "FILE").focus
     tables = [
         _observe(settings, options, None, "before training", say),
-        _observe(settings, options, newest, "after training", say),
+        _observe(settings, options, newest, "after training", say, focus),
     ]
     return _labelled(TokenTable.join(tables), folder, files)
 
@@ -153,11 +159,19 @@ def _of_pair(options: dict, say: Callable[[str], None]):
     return _observe(Settings(**given), options, None, None, say)
 
 
-def _observe(settings, options: dict, student: Path | None, group: str | None, say: Callable[[str], None]):
+def _observe(
+    settings,
+    options: dict,
+    student: Path | None,
+    group: str | None,
+    say: Callable[[str], None],
+    focus: dict | None = None,
+):
     """Rollouts by the settings' student, or by a later state of it, under the options' changes to the settings."""
     from tip_kernels.distillation.registry import RULES
     from tip_kernels.opd import cli
     from tip_kernels.opd.observe import observe
+    from tip_kernels.opd.origin import source_of
     from tip_kernels.opd.pair import load_pair
     from tip_kernels.opd.task import load_task
     from tip_kernels.opd.train import Loop
@@ -170,9 +184,9 @@ def _observe(settings, options: dict, student: Path | None, group: str | None, s
     settings = replace(settings, **changes)
     device = cli.pick_device(settings.device)
     task = load_task(settings.task, settings.eval_prompts)
-    pair = load_pair(cli.source_of(settings, "teacher"), cli.source_of(settings, "student"), device, student)
+    pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, student)
     loop = Loop(settings, pair, task, device)
-    if student is not None and loop.focus and (focus := json.loads((student / "state.json").read_text())["focus"]):
+    if loop.focus and focus:
         loop.focus.load_state_dict(focus)
     prompts = min(options.get("prompts", 100), len(task.held_out))
     table = observe(loop, prompts, group, lambda done: say(f"{group or 'rollouts'}: {done} of {prompts}"))
@@ -215,6 +229,9 @@ def main(command: str, argv: list[str]) -> int:
         return run(options)
     except UsageError as error:
         print(f"tip-kernels {command}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of a file that no one looked at more closely
+        print(f"tip-kernels {command}: error: expected files that can be used, got {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"tip-kernels {command}: interrupted", file=sys.stderr)

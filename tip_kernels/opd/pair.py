@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
-from tip_kernels.opd import UsageError, smollm2
+from tip_kernels.opd import UsageError, smollm2, weights
 from tip_kernels.opd.rollout import sample
 from tip_kernels.sources.pair import rows_of
 from tip_kernels.sources.topk import TopK
@@ -92,6 +92,11 @@ class Pair:
                 ) from None
             if not ids:
                 raise UsageError(f"argument --task: expected prompts of at least one token, got {prompt!r}")
+            if max(ids) >= self.student.tokens:
+                raise UsageError(
+                    f"argument --task: expected prompts of the models' {self.student.tokens} tokens,"
+                    f" got {prompt!r}, which has token {max(ids)}"
+                )
             encoded.append(ids)
         return encoded
 
@@ -125,7 +130,7 @@ def load_pair(teacher: Path | str, student: Path | str, device: torch.device, re
     sides = {name: _side(name, model, shared) for name, model in models.items()}
     tokenizer = tokenizers["student"]
     stop_ids = _stop_ids(models["student"], tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_ids), 0)
+    pad_id = _pad_id(tokenizer, stop_ids, min(rows))
     limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models.values()]
     longest = min((limit for limit in limits if limit), default=2**31)
     return Pair(sides["teacher"], sides["student"], tokenizer, stop_ids, pad_id, longest)
@@ -133,38 +138,37 @@ def load_pair(teacher: Path | str, student: Path | str, device: torch.device, re
 
 def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder; `later` holds weights to read in place of the folder's."""
-    _check_folder(name, folder)
+    argument, source = f"--{name}", folder
     try:
-        own = {"local_files_only": True, "trust_remote_code": False}  # no code of the folder's, and no question
-        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        weights.check(argument, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **weights.OWN)
+        if later:
+            argument, source = "--resume", later
+            weights.check(argument, later)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            later or folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            **own,
-            output_loading_info=True,
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **weights.OWN
         )
+        weights.check_read(argument, source, model, loading)
+    except UsageError:
+        raise
     except Exception as error:  # whatever a broken checkpoint can raise
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"argument --{name}: expected a causal language model in {folder}, got: {reason}") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise UsageError(f"argument --{name}: expected every weight in {folder}, got none for {missing[0]}")
+        raise UsageError(f"argument {argument}: expected a causal language model in {source}, got: {reason}") from None
     return model, tokenizer
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(
-            f"argument --{name}: expected the folder of a checkpoint, got {str(folder)!r}, which is not there"
-        )
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"argument --{name}: expected a config.json in {folder}, got a folder without one")
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     listed = model.generation_config.eos_token_id if model.generation_config else None
     listed = tokenizer.eos_token_id if listed is None else listed
-    return () if listed is None else tuple(listed) if isinstance(listed, list | tuple) else (listed,)
+    ids = () if listed is None else tuple(listed) if isinstance(listed, list | tuple) else (listed,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UsageError(f"argument --student: expected an eos_token_id of token ids in its files, got {listed!r}")
+    return ids
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], rows: int) -> int:
+    """A token that both models have a row of: a GPU looks that row up even behind a mask."""
+    return next(i for i in (tokenizer.pad_token_id, *stop_ids, 0) if i is not None and i < rows)
 
 
 def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:

@@ -41,6 +41,19 @@ class Ranks:
             torch.tensor(numbers, dtype=torch.float64, device=self.device), None
         ).tolist()
 
+    def each(self, find: Callable[[], Found]) -> Found:
+        """What this process finds by itself; the first UsageError of any process on all."""
+        try:
+            found, trouble = find(), None
+        except UsageError as error:
+            found, trouble = None, str(error)
+        troubles = [trouble] * self.count
+        if self.count > 1:
+            dist.all_gather_object(troubles, trouble)
+        if of_any := [trouble for trouble in troubles if trouble is not None]:
+            raise UsageError(of_any[0])
+        return found
+
     def decided(self, decide: Callable[[], Found]) -> Found:
         """What the first process decides, or its UsageError, on all."""
         if self.count == 1:

@@ -109,17 +109,23 @@ class Loop:
         """The student's completions: greedy ones, or with a seed `each` of every prompt as the settings draw them."""
         settings = self.settings
         drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        return sample(
-            self.pair.student.model,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.pair.stop_ids,
-            pad_id=self.pair.pad_id,
-            vocab_size=self.pair.student.vocab_size,
-            rollouts_per_prompt=each,
-            seed=seed,
-            **({"temperature": 0} if seed is None else drawn),
-        )
+        try:
+            return sample(
+                self.pair.student.model,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.pair.stop_ids,
+                pad_id=self.pair.pad_id,
+                vocab_size=self.pair.student.vocab_size,
+                rollouts_per_prompt=each,
+                seed=seed,
+                **({"temperature": 0} if seed is None else drawn),
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            self._expect_numbers(math.nan, student_is_sound=False)
+            raise
 
     def rollouts(self) -> Rollouts:
         """The student's completions of this step's prompts."""
@@ -146,6 +152,7 @@ class Loop:
         out = self.distil(rollouts)
         local = Sums.of(out, rollouts)
         sums = Sums(*self.ranks.total(list(local)))
+        self._expect_numbers(sums.kl, math.isfinite(sums.entropy))
         rows, kept = int(sums.rows), int(sums.kept)
         ratio = {"keep": self.focus.keep} if self.focus else {}
         loss, part = sums.loss, 1.0
@@ -228,6 +235,7 @@ class Loop:
                 right += sum(self.judge(rollouts, indices))
         here = [right, nats, rows, self.task.errors.total(), *counts.tolist()]
         right, nats, rows, raised, *tally = self.ranks.total(here)
+        self._expect_numbers(nats, sum(tally) == rows)
         counters, count = self.counters, len(self.held_out)
         counters.judge_errors = int(raised)
         counters.end_accuracy = right / count if self.task.judge else None
@@ -247,6 +255,16 @@ class Loop:
             text = self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True)
             verdicts.append(self.task.judge(index, text, bool(ended)))
         return verdicts
+
+    def _expect_numbers(self, kl: float, student_is_sound: bool) -> None:
+        """UsageError where a sum of KLs is NaN, which all processes then have: a model gave NaN for some token."""
+        if math.isnan(kl):
+            role, hint = (
+                ("teacher", "") if student_is_sound else ("student", " (a smaller --lr?)" * bool(self.counters.step))
+            )
+            raise UsageError(
+                f"argument --{role}: expected a model of finite logits, got NaN after {self.counters.step} steps{hint}"
+            )
 
     def train(self, after_step: Callable[[dict], bool]) -> None:
         """Step until settings.steps, or until `after_step` (which gets the log's row) says to stop."""
