@@ -46,6 +46,7 @@ ADDITIONS = 64  # completions of 35 to 55 tokens
 RULES = names.RULES | {
     "full": names.RULES["all"],
     "soft_or_rank": names.RULES["soft_or"],
+    "overconfident": lambda keep, generator: tip.Overconfident(keep, entropy_below=0.3, divergence_above=0.1),
     "overconfident_quantile": lambda keep, generator: tip.Overconfident(
         keep, entropy_below=("quantile", 0.8), divergence_above=("quantile", 0.8)
     ),

@@ -238,18 +238,24 @@ def overconfident_scores(stats: Stats, by: str = "kl_fwd", *, row_mask: Tensor |
 def select_overconfident(
     stats: Stats,
     keep: float | int,
-    entropy_below: Cut = 0.3,
-    divergence_above: Cut = 0.1,
     by: str = "kl_fwd",
+    entropy_below: Cut | None = None,
+    divergence_above: Cut | None = None,
     *,
     row_mask: Tensor | None = None,
     **scope,
 ) -> Tensor:
-    """R33, Overconfident: the largest scores among the eligible; the quota counts every valid row, may go unfilled."""
+    """R33, Overconfident: the largest scores; where thresholds are given, among the rows within them, and the quota,
+    which counts every valid row, may then go unfilled."""
     scores = _overconfident(stats, by, row_mask)
     entropy, divergence = _column(stats, "entropy_s"), _column(stats, by)
-    below, above = _cut(entropy_below, stats, "entropy_s", scores), _cut(divergence_above, stats, by, scores)
-    eligible = [i for i in scores if entropy[i] < below and divergence[i] > above]
+    eligible = list(scores)
+    if entropy_below is not None:
+        below = _cut(entropy_below, stats, "entropy_s", scores)
+        eligible = [i for i in eligible if entropy[i] < below]
+    if divergence_above is not None:
+        above = _cut(divergence_above, stats, by, scores)
+        eligible = [i for i in eligible if divergence[i] > above]
     return _keep_largest(stats, scores, keep, eligible=eligible, **scope)
 
 

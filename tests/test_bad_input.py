@@ -521,6 +521,8 @@ WORDS = {  # option: bad values
         "--student": ["nowhere"],
         "--task": ["nothing.txt", "reasoning_gym:"],
         "--teacher-topk": ["0", "1.5", "x"],
+        "--entropy-below": ["low", "nan", "quantile:2"],
+        "--divergence-above": ["high", "inf", "quantile:"],
         "--rule": ["best"],
         "--keep": ["0", "1.5", "nan", "half", "-3"],
         "--scope": ["world"],

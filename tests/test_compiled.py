@@ -168,7 +168,7 @@ def test_measure_select_learn_in_one_graph(kind):
 RULES = [
     tip.SoftOr(0.5),
     tip.TopEntropy(2),
-    tip.Overconfident(0.5, ("quantile", 0.6), 0.1),
+    tip.Overconfident(0.5, "kl_fwd", ("quantile", 0.6), 0.1),
     tip.Threshold("kl_rev", above=0.3),
 ]
 

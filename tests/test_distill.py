@@ -73,7 +73,7 @@ def check_loss(
         tip.TopMargin(0.5, by="margin_t"),
         tip.TopMargin(0.5, by="margin_s"),
         tip.Threshold("entropy_s", above=("quantile", 0.5)),
-        tip.Overconfident(0.5, ("quantile", 0.6), ("quantile", 0.3)),
+        tip.Overconfident(0.5, "kl_fwd", ("quantile", 0.6), ("quantile", 0.3)),
         tip.TopDivergence(0.5, by="agree"),
     ],
     ids=str,

@@ -146,7 +146,7 @@ def test_entropy_sum_and_n_valid_are_the_stock_ones_under_every_rule(tmp_path, r
     ours = loss_call(trainer, micro_batch())
     assert ours[1] == pytest.approx(entropy_sum, rel=1e-5)
     assert ours[2] == n_valid
-    assert 0 < trainer._sums[0][1] < n_valid or rule in ("all", "adakd", "overconfident")
+    assert 0 < trainer._sums[0][1] < n_valid or rule in ("all", "adakd")
 
 
 def test_tokens_of_tools_are_never_kept(tmp_path):
@@ -264,7 +264,7 @@ def test_count_of_a_quota_rule_is_known_before_the_first_forward(tmp_path):
         assert factors == [1.0]
 
 
-@pytest.mark.parametrize("rule", [r for r in hook.RULES if r not in ("threshold", "overconfident")])
+@pytest.mark.parametrize("rule", [r for r in hook.RULES if r != "threshold"])
 @pytest.mark.parametrize("keep", [0.3, 5])
 def test_count_from_the_mask_is_what_the_rule_keeps(tmp_path, rule, keep):
     chosen = made(tmp_path, tip_rule=rule, tip_keep=keep).make_rule()
@@ -279,7 +279,8 @@ def test_count_from_the_mask_is_what_the_rule_keeps(tmp_path, rule, keep):
 
 def test_rules_that_look_at_the_data_say_that_their_count_is_unknown():
     assert not hook.count_is_known(tip.Threshold(above=0.1))
-    assert not hook.count_is_known(tip.Overconfident(0.2))
+    assert not hook.count_is_known(tip.Overconfident(0.2, entropy_below=0.3))
+    assert not hook.count_is_known(tip.Overconfident(0.2, divergence_above=0.1))
 
 
 def test_step_without_a_kept_token_changes_nothing_and_the_next_one_learns(tmp_path):
@@ -470,7 +471,8 @@ def test_deepspeed_is_refused_where_the_count_is_unknown(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillationTrainer, "__init__", with_deepspeed)
     with pytest.raises(ValueError, match=r"tip_rule: .*DeepSpeed.*'overconfident'"):
-        made(tmp_path, tip_rule="overconfident")
+        made(tmp_path, tip_rule="overconfident", tip_entropy_below=0.3)
+    made(tmp_path, tip_rule="overconfident")
     made(tmp_path, tip_rule="soft_or")
 
 

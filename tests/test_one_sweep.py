@@ -30,7 +30,7 @@ KINDS = {
     "SoftOr": tip.SoftOr(0.3),
     "SoftOr by rollout": tip.SoftOr(3),
     "TopEntropy": tip.TopEntropy(0.3),
-    "Overconfident": tip.Overconfident(0.5, ("quantile", 0.6), ("quantile", 0.3)),
+    "Overconfident": tip.Overconfident(0.5, "kl_fwd", ("quantile", 0.6), ("quantile", 0.3)),
     "TopMargin": tip.TopMargin(0.4, by="margin_s"),
 }
 

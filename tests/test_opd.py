@@ -466,7 +466,7 @@ def test_a_few_steps_on_a_fifth_of_the_tokens_raise_the_accuracy(pair):
 
 
 def test_a_step_that_keeps_nothing_is_skipped_and_counted(tmp_path, capsys):
-    same = ["--teacher", PACKAGED / "student", "--rule", "overconfident", "--steps", 3]
+    same = ["--teacher", PACKAGED / "student", "--rule", "overconfident", "--divergence-above", 0.1, "--steps", 3]
     assert opd(*same, *SMALL, "--json", "--output", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["skipped_steps"] == result["steps"] == 3 and result["kept_share"] == 0
@@ -797,6 +797,14 @@ BAD = {
     "preset and keep": (
         ["--preset", "adakd", "--keep", "0.2"],
         r"--keep: expected none beside --preset adakd, got 0.2",
+    ),
+    "a word as a threshold": (
+        ["--rule", "overconfident", "--entropy-below", "low"],
+        r"argument --entropy-below: expected a finite number in nats, or quantile:Q .* got 'low'",
+    ),
+    "a threshold of another rule": (
+        ["--divergence-above", "0.1"],
+        r"--divergence-above: expected none beside --rule soft_or, got '0.1'",
     ),
     "no tokens listed": (["--teacher-topk", "0"], r"argument --teacher-topk: expected a whole number of at least 1"),
     "too many listed": (["--teacher-topk", "50"], r"argument --teacher-topk: expected at most .* 24, got 50"),

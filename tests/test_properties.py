@@ -51,7 +51,7 @@ QUOTA_RULES = {
     "EntropyGap": (tip.EntropyGap, ref_select.select_entropy_gap),
     "PositionPrefix": (tip.PositionPrefix, ref_select.select_position_prefix),
     "CrossEntropyRatio": (tip.CrossEntropyRatio, None),  # which of two near ties is kept may hang on a rounding
-    "Overconfident": (lambda keep, **how: tip.Overconfident(keep, ("quantile", 0.7), 0.01, **how), None),
+    "Overconfident": (lambda keep, **how: tip.Overconfident(keep, "kl_fwd", ("quantile", 0.7), 0.01, **how), None),
     "Teachability": (lambda keep, **how: tip.Teachability(keep, top_k=3, **how), None),
     "SampleEntropy": (lambda keep, **how: tip.SampleEntropy(keep, gamma=0.5, generator=dice(), **how), None),
     "unbiased": (lambda keep, **how: tip.SampleEntropy(keep, unbiased=True, generator=dice(), **how), None),

@@ -639,14 +639,16 @@ class TestRules:
         with pytest.raises(ValueError, match="normalize"):
             ref.soft_or_scores(stats, "softmax")
 
-    def test_overconfident_keeps_the_best_of_the_eligible_and_may_leave_its_quota_unfilled(self):
+    def test_overconfident_keeps_the_best_and_with_thresholds_may_leave_its_quota_unfilled(self):
         stats = stats_of(entropy_s=[0.0, 0.1, 0.2, 0.2, 1.0, 1.0], kl_fwd=[0.05, 0.4, 0.5, INF, 5, 6])
         # The 0.98 quantile of the entropies is 1, so h is the entropy itself.
         assert_close(ref.overconfident_scores(stats), [0.05, 0.36, 0.4, INF, 0, 0], rtol=1e-6, atol=0)
         uncertain = stats_of(entropy_s=[0.0, 1.0], kl_fwd=[1, INF])
         assert_close(ref.overconfident_scores(uncertain), [1, INF])
         assert ref.select_overconfident(stats, 0.34).tolist() == mask_of(6, 2, 3)  # 2 of 6
-        assert ref.select_overconfident(stats, 1.0).tolist() == mask_of(6, 1, 2, 3)
+        assert ref.select_overconfident(stats, 1.0).all()
+        thresholds = {"entropy_below": 0.3, "divergence_above": 0.1}
+        assert ref.select_overconfident(stats, 1.0, **thresholds).tolist() == mask_of(6, 1, 2, 3)
         assert not ref.select_overconfident(stats, 1.0, divergence_above=INF).any()
 
     def test_a_row_on_a_threshold_is_on_neither_side_of_it(self):

@@ -34,7 +34,7 @@ DETERMINISTIC = [
     sel.SoftOr(0.5),
     sel.SoftOr(0.5, normalize="minmax"),
     sel.Overconfident(0.5),
-    sel.Overconfident(0.5, ("quantile", 0.6), ("quantile", 0.3), by="kl_rev"),
+    sel.Overconfident(0.5, "kl_rev", ("quantile", 0.6), ("quantile", 0.3)),
 ]
 RANDOM = [sel.RandomRows(0.5), sel.SampleEntropy(0.5), sel.SampleEntropy(0.5, gamma=1.0, unbiased=True)]
 EVERY = DETERMINISTIC + RANDOM
@@ -136,11 +136,11 @@ cuts = st.sampled_from([0.0, 0.25, 0.5, 1.0, ("quantile", 0), ("quantile", 0.3),
 
 
 @checked
-@given(batches(), quotas(), cuts, cuts, st.sampled_from(["kl_fwd", "kl_rev"]))
+@given(batches(), quotas(), cuts | st.none(), cuts | st.none(), st.sampled_from(["kl_fwd", "kl_rev"]))
 def test_overconfident_agrees_with_the_reference(batch, quota, entropy, divergence, by):
     (stats, where), (keep, how) = batch, quota
-    kept = sel.Overconfident(keep, entropy, divergence, by, **how)(stats, **where)
-    expected = ref.select_overconfident(as_dict(stats), keep, entropy, divergence, by, **where, **how)
+    kept = sel.Overconfident(keep, by, entropy, divergence, **how)(stats, **where)
+    expected = ref.select_overconfident(as_dict(stats), keep, by, entropy, divergence, **where, **how)
     scores = ref.overconfident_scores(as_dict(stats), by, row_mask=where.get("row_mask"))
     torch.testing.assert_close(kept.scores, scores.nan_to_num(nan=-INF, posinf=INF).float(), rtol=1e-6, atol=0)
     assert_same_up_to_rounding(kept.mask, expected, scores, where.get("rollout_ids"), how["scope"])
@@ -300,11 +300,29 @@ def test_soft_or_rank_ignores_how_far_out_an_outlier_lies():
     assert not torch.equal(sel.SoftOr(0.3, "minmax")(stats).scores, sel.SoftOr(0.3, "minmax")(far).scores)
 
 
-def test_overconfident_keeps_fewer_than_its_quota_or_none():
+def test_overconfident_is_the_papers_rule_in_four_lines():
+    g = torch.Generator().manual_seed(20)
+    for _ in range(200):
+        batch, length = (int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 9), (1, 65)))
+        entropy, kl_fwd = (5 * torch.rand(batch, length, generator=g) ** 3 for _ in range(2))
+        keep = 0.05 + 0.95 * float(torch.rand((), generator=g))
+        clipped = entropy.double().clamp(max=torch.quantile(entropy.double(), 0.98))
+        h = ((clipped - clipped.min()) / (clipped.max() - clipped.min())).nan_to_num(0.0)
+        best = (kl_fwd * (1 - h)).sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(keep * length))]
+        expected = torch.zeros(batch, length, dtype=torch.bool).scatter_(1, best, True)
+        kept = sel.Overconfident(keep)(stats_of((batch, length), entropy_s=entropy, kl_fwd=kl_fwd))
+        assert torch.equal(kept.mask.reshape(batch, length), expected)
+
+
+def test_overconfident_fills_its_quota_unless_it_has_thresholds():
     stats = stats_of(entropy_s=[0.1, 0.2, 5.0, 0.0, 0.0], kl_fwd=[1.0, 9.0, 9.0, 0.0, INF])
-    assert kept_ids(sel.Overconfident(1.0), stats) == [0, 1, 4]
+    assert kept_ids(sel.Overconfident(1.0), stats) == [0, 1, 2, 3, 4]
     assert kept_ids(sel.Overconfident(0.4), stats) == [1, 4]
     assert kept_ids(sel.Overconfident(1), stats) == [4]
+    thresholds = {"entropy_below": 0.3, "divergence_above": 0.1}
+    assert kept_ids(sel.Overconfident(1.0, **thresholds), stats) == [0, 1, 4]
+    assert kept_ids(sel.Overconfident(0.4, **thresholds), stats) == [1, 4]
+    assert kept_ids(sel.Overconfident(1.0, entropy_below=0.15), stats) == [0, 3, 4]
     assert kept_ids(sel.Overconfident(1.0, min_rows=4, divergence_above=100.0), stats) == [4]
     assert kept_ids(sel.Overconfident(0.2, entropy_below=-1.0), stats) == []
     assert kept_ids(sel.Overconfident(0.4, divergence_above=("quantile", 0.5)), stats) == [4]
@@ -322,7 +340,7 @@ def test_thresholds_are_strict_and_compared_in_fp32():
     assert kept_ids(sel.Threshold(above=0.1, below=0.2), stats) == []
     assert kept_ids(sel.Threshold(), stats) == [0, 1, 2]
     assert kept_ids(sel.Threshold(above=("quantile", 0.0)), stats) == [2]
-    assert kept_ids(sel.Overconfident(1.0), stats) == []
+    assert kept_ids(sel.Overconfident(1.0, entropy_below=0.3, divergence_above=0.1), stats) == []
     assert sel.quadrants(stats).tolist() == [2, 4, 1]
 
 

@@ -8,7 +8,7 @@ another divergence function. Selection is per micro-batch and rank; quotas are p
 
 The loss of an optimizer step is the sum over the kept tokens of all its micro-batches and ranks, divided by how many
 those are. A quota rule's count follows from the masks, which are known for the whole step before its first forward, so
-`num_items_in_batch` becomes that count. Where the data decide (overconfident, threshold, a row whose divergence is NaN
+`num_items_in_batch` becomes that count. Where the data decide (thresholds, a row whose divergence is NaN
 or infinite), micro-batches are divided by the count known beforehand, and when the last backward of the step is done,
 before clipping, gradients and reported loss are multiplied by (that count) / (tokens kept). DeepSpeed steps inside
 backward, so there rules whose count is unknown are refused.
@@ -65,7 +65,7 @@ class TIPDistillationConfig(DistillationConfig):
     tip_rule: str = _setting(
         "soft_or",
         "Which tokens the student learns from: all; soft_or (uncertain or divergent), entropy, divergence, hellinger: "
-        "the largest of that; overconfident: low entropy, high divergence; sample_entropy, random: drawn; threshold: "
+        "the largest of that; overconfident: divergent at a low entropy; sample_entropy, random: drawn; threshold: "
         "by tip_threshold_*; adakd: the share kept falls with the loss, the hardest first, each with a temperature of "
         "its own.",
         choices=RULES,
@@ -87,10 +87,10 @@ class TIPDistillationConfig(DistillationConfig):
         "says.",
     )
     tip_entropy_below: float | str | None = _setting(
-        0.3, "overconfident: entropies below this are low, in nats, or quantile:0.5 of the batch's tokens."
+        None, "overconfident: only tokens of an entropy below this, in nats, or quantile:0.5 of the batch's tokens."
     )
     tip_divergence_above: float | str | None = _setting(
-        0.1, "overconfident: KL(teacher || student) above this is high, in nats, or quantile:0.9."
+        None, "overconfident: only tokens of a KL(teacher || student) above this, in nats, or quantile:0.9."
     )
     tip_threshold_by: str = _setting(
         "kl_rev", "threshold: the statistic: kl_rev, kl_fwd, hellinger_sq, entropy_s, entropy_t."
@@ -141,8 +141,11 @@ class TIPDistillationConfig(DistillationConfig):
             raise ValueError(f"tip_rule: expected one of {', '.join(RULES)}, got {self.tip_rule!r}")
         rule = names.RULES[self.tip_rule](self._read("tip_keep", names.keep_of), None)
         if isinstance(rule, tip.Overconfident):
-            low, high = (self._read(name, names.cut_of) for name in ("tip_entropy_below", "tip_divergence_above"))
-            rule = replace(rule, entropy_below=low, divergence_above=high)
+            cuts = {
+                name: self._read(f"tip_{name}", names.cut_of, optional=True)
+                for name in ("entropy_below", "divergence_above")
+            }
+            rule = replace(rule, **cuts)
         return replace(rule, scope=self.tip_scope) if isinstance(rule, QuotaRule) else rule
 
     def make_divergence(self) -> tip.Divergence:
@@ -397,8 +400,7 @@ class TIPDistillationTrainer(DistillationTrainer):
 
 def count_is_known(rule: tip.Rule) -> bool:
     """Whether masks alone say how many rows the rule keeps, NaN rows aside."""
-    fills_its_quota = isinstance(rule, QuotaRule) and type(rule)._eligible is QuotaRule._eligible
-    return fills_its_quota or isinstance(rule, tip.KeepAll)
+    return isinstance(rule, tip.KeepAll) or (isinstance(rule, QuotaRule) and rule.fills_quota)
 
 
 def count_kept(rule: tip.Rule, mask: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ def check_preset(given: dict, stored: dict) -> None:
             raise UsageError(f"argument --{name}: expected none beside --preset {preset}, got {given[name]!r}")
 
 
+def check_thresholds(settings: Settings) -> None:
+    """Only one rule reads them."""
+    for name in ("entropy_below", "divergence_above"):
+        value = getattr(settings, name)
+        if value is not None and (settings.preset or settings.rule != "overconfident"):
+            other = f"--preset {settings.preset}" if settings.preset else f"--rule {settings.rule}"
+            raise UsageError(f"argument --{name.replace('_', '-')}: expected none beside {other}, got {value!r}")
+
+
 def check_teacher(settings: Settings) -> None:
     """A teacher of K tokens has neither temperatures nor the log-probability of every sampled token."""
     if not settings.teacher_topk:
@@ -183,6 +192,7 @@ def run_claimed(options: dict, ranks: Ranks, claim: Claim) -> int:
     began, folder = time.perf_counter(), claim.folder
     quiet = options.get("quiet", False) or not ranks.writes
     settings, resumed = ranks.decided(lambda: settings_of(options, claim))
+    check_thresholds(settings)
     check_teacher(settings)
     trackers.check(options.get("tracker"))
     device = ranks.device if ranks.count > 1 else pick_device(settings.device)

@@ -29,6 +29,12 @@ def keep_of(text: str) -> float | int:
     return _argument(names.keep_of, text)
 
 
+def cut(text: str) -> str:
+    """'0.3' in nats or 'quantile:0.5'; it stays text, which is what a run stores."""
+    _argument(names.cut_of, text)
+    return text
+
+
 def divergence(text: str) -> str:
     """'todi', or with parameters 'todi:2'; it stays text, which is what a run stores."""
     _argument(names.divergence_of, text)
@@ -98,6 +104,10 @@ def parser() -> Parser:
     option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
     text = "what --keep is a share of: each rollout, a process's batch, or global: the batches of all processes"
     option(g, "--scope", str, text, choices=("rollout", "batch", "global"))
+    text = "with --rule overconfident: only tokens of an entropy below this, in nats, or quantile:0.5 of the batch's"
+    option(g, "--entropy-below", cut, text, "NATS")
+    text = "with --rule overconfident: only tokens of a KL(teacher || student) above this, likewise"
+    option(g, "--divergence-above", cut, text, "NATS")
     text = f"the loss on a kept token: {', '.join(DIVERGENCES)}; with parameters as in jsd:0.1 or alpha_beta:0.2,0.7"
     option(g, "--divergence", divergence, text, "NAME[:NUMBERS]")
     text = "adakd: the share of tokens kept falls with the loss, the hardest first, each with a temperature of its own"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tip_kernels as tip
-from tip_kernels.distillation.registry import RULES, divergence_of
+from tip_kernels.distillation.registry import RULES, cut_of, divergence_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,8 @@ class Settings:
     rule: str = "soft_or"
     keep: float | int = 0.2
     scope: str = "rollout"
+    entropy_below: str | None = None  # of the overconfident
+    divergence_above: str | None = None
     divergence: str = "reverse_kl"
     preset: str | None = None  # takes the place of rule and keep
     teacher_topk: int | None = None  # None: the teacher's whole distribution
@@ -67,6 +69,9 @@ class Settings:
         from tip_kernels.select.rule import QuotaRule
 
         rule = RULES[self.rule](self.keep, generator)
+        if self.rule == "overconfident":
+            cuts = {"entropy_below": self.entropy_below, "divergence_above": self.divergence_above}
+            rule = replace(rule, **{name: None if cut is None else cut_of(cut) for name, cut in cuts.items()})
         return replace(rule, scope=self.scope) if isinstance(rule, QuotaRule) else rule
 
     @property

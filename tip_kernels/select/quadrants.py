@@ -19,7 +19,8 @@ def quadrants(
         3  entropy low, divergence high: overconfident and wrong   4  low, low: solved            0  masked or NaN
 
     low entropy: entropy_s < entropy; high divergence: kl_rev = KL(student || teacher) > divergence; both strict.
-    Source: TIP (arXiv 2604.14084), which gives no numeric thresholds; R36.
+    Source: TIP (arXiv 2604.14084), which gives no numeric thresholds: these are for looking at tokens. No rule chooses
+    by them; `Overconfident`, TIP's Q3-only rule, ranks every row and has no thresholds; R36.
 
     Args:
         stats: TokenStats with entropy_s and kl_rev.

@@ -235,6 +235,11 @@ class QuotaRule(Rule):
                 collectives.is_group(self.group), "group", "a process group that this rank is in, or None", self.group
             )
 
+    @property
+    def fills_quota(self) -> bool:
+        """Whether every group keeps as many rows as its quota says, so that sizes alone tell how many are kept."""
+        return type(self)._eligible is QuotaRule._eligible
+
     def _of_all_ranks(self, values, population, group, named):
         if self.scope != "global":
             return values, population, group, slice(None)

@@ -102,22 +102,21 @@ class SoftOr(QuotaRule):
 
 @dataclass(frozen=True)
 class Overconfident(QuotaRule):
-    """Keeps rows that are confident and wrong (quadrant Q3): score = stats[by] * (1 - h), best of the eligible first.
+    """Keeps rows that are confident and wrong (Q3): score = stats[by] * (1 - h), h as in SoftOr's "minmax".
 
-        eligible = entropy_s < entropy_below and stats[by] > divergence_above;   h is SoftOr's, with "minmax"
-
-    The quota counts the whole population, so fewer rows than the quota may be kept, also none: min_rows forces no row
-    in. A divergence of +inf scores +inf. Set thresholds in nats or at high quantiles: below the median entropy lie
-    solved tokens, and thresholds in nats may leave too few rows to learn from (bench/evidence.md).
+    A divergence of +inf scores +inf. The paper has no thresholds. With any, only rows on the right side of it are
+    chosen from; the quota still counts the whole population, so fewer rows may be kept, also none: min_rows forces no
+    row in.
 
     Source: the Q3-only rule of TIP (arXiv 2604.14084); R33.
 
     Args:
         keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        entropy_below: A finite float in nats, or ("quantile", q) over the population of the batch, q in [0, 1].
-        divergence_above: The same for stats[by].
         by: Name of a TokenStats statistic, "kl_fwd" = KL(teacher || student) by default: it sees teacher mass that the
             student ignores.
+        entropy_below: None, or only rows of a smaller entropy_s: a finite float in nats, or ("quantile", q) over the
+            population of the batch, q in [0, 1].
+        divergence_above: None, or only rows of a larger stats[by], likewise.
         scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
         min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
         group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
@@ -126,28 +125,36 @@ class Overconfident(QuotaRule):
         ValueError: Naming the argument, for any other value.
     """
 
-    entropy_below: Cut = 0.3
-    divergence_above: Cut = 0.1
     by: str = "kl_fwd"
+    entropy_below: Cut | None = None
+    divergence_above: Cut | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        check_cut("entropy_below", self.entropy_below)
-        check_cut("divergence_above", self.divergence_above)
         check_statistic("by", self.by)
+        for name in ("entropy_below", "divergence_above"):
+            if getattr(self, name) is not None:
+                check_cut(name, getattr(self, name))
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy_s", self.by})
+
+    @property
+    def fills_quota(self) -> bool:
+        return self.entropy_below is None and self.divergence_above is None
 
     def _scores(self, values, population):
         d = values[self.by]
         return torch.where(d.isinf(), d, d * (1 - clipped_entropy(values, population))).float()
 
     def _eligible(self, values, population):
-        entropy, d = values["entropy_s"], values[self.by]
-        confident = entropy < cut_at(self.entropy_below, entropy, population)
-        return population & confident & (d > cut_at(self.divergence_above, d, population))
+        entropy, d, eligible = values["entropy_s"], values[self.by], population
+        if self.entropy_below is not None:
+            eligible = eligible & (entropy < cut_at(self.entropy_below, entropy, population))
+        if self.divergence_above is not None:
+            eligible = eligible & (d > cut_at(self.divergence_above, d, population))
+        return eligible
 
 
 @dataclass(frozen=True)
