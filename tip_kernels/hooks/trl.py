@@ -275,8 +275,10 @@ class TIPDistillationTrainer(DistillationTrainer):
         mask = completion_mask != 0
 
         def learn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            student = head(hidden, weight, bias, student_logit_scale, student_final_logit_softcapping)
+            scales = student_logit_scale, student_final_logit_softcapping
+            student = head("student_lm_head", hidden, weight, bias, *scales)
             teacher = head(
+                "teacher_lm_head",
                 teacher_hidden_states,
                 teacher_lm_head_weight,
                 teacher_lm_head_bias,
