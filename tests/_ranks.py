@@ -30,7 +30,7 @@ from torch import Tensor
 
 import tip_kernels as tip
 from tip_kernels.plan import wire
-from tip_kernels.sources.head import HeadBlock
+from tip_kernels.sources.pair import HeadBlock
 from tip_kernels.stats import STATISTICS
 
 RANKS = 4

@@ -56,14 +56,8 @@ NOT_YET = {
     "cycles of rooms",
     "arrows back up",
     "floors",
-    "rooms",
     "the face",
-    "files of divergence_loss",
-    "switches of divergence_loss",
-    "files of distill",
-    "switches of distill",
     "complexity of Fold.__call__",
-    "complexity of Head.__post_init__",
     "complexity of TokenTable._check",
     "complexity of TokenTable.join",
     "complexity of _walk",
@@ -73,7 +67,6 @@ NOT_YET = {
     "complexity of grouped",
     "complexity of inspect",
     "complexity of main",
-    "complexity of measure",
     "complexity of table_of",
 }
 

@@ -60,7 +60,7 @@ def dense_jsd(p, beta, labels=None, temperature=1.0, ignore=-100):
 @pytest.fixture
 def projected(monkeypatch):
     """Rows of hidden states that were projected, each as often as it was against the whole vocabulary."""
-    from tip_kernels.sources import head as sources
+    from tip_kernels.sources import pair as sources
 
     seen = []
     tile = sources.HeadBlock.tile

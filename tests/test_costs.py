@@ -103,7 +103,7 @@ def test_a_cut_vocabulary_sends_hidden_gradients_instead_of_the_head():
 
 
 def test_a_state_on_a_gpu_has_the_words_of_the_kernel():
-    row_stats = pytest.importorskip("tip_kernels.backends.choice.choice.triton.row_stats", exc_type=ImportError)
+    row_stats = pytest.importorskip("tip_kernels.backends.triton.row_stats", exc_type=ImportError)
     for columns in (8192, 8193, 20_000):
         for want, teacher in ((frozenset({"entropy_s", "kl_rev"}), True), (frozenset({"entropy_s"}), False)):
             sums = row_stats.new_state(1, columns, "cpu", teacher=teacher).sums

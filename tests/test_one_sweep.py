@@ -21,7 +21,7 @@ from _cases import (
 
 import reference as ref
 import tip_kernels as tip
-from tip_kernels import workspace
+from tip_kernels.distillation import one_sweep
 
 N, V, WIDTH_S, WIDTH_T = 40, 1300, 32, 48
 KINDS = {
@@ -38,7 +38,7 @@ KINDS = {
 @pytest.fixture(params=[5, 16], ids=lambda rows: f"blocks of {rows}")
 def blocks(request, monkeypatch):
     """Row blocks so short that a batch takes many."""
-    monkeypatch.setattr(workspace, "ROWS", {"cpu": (1, request.param)})
+    monkeypatch.setattr(one_sweep, "ROWS", {"cpu": (1, request.param)})
 
 
 def models(n: int = N, **options) -> tuple[HeadCase, HeadCase]:

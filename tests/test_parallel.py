@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 from _cases import head_case
 
 import tip_kernels as tip
-from tip_kernels.distillation.batch import Batch
-from tip_kernels.sources.head import HeadRows
+from tip_kernels.distillation.distill import Batch
+from tip_kernels.sources.pair import HeadRows
 
 
 @pytest.fixture(scope="module")

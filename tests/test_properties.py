@@ -10,7 +10,6 @@ A case is a small frozen record from which every tensor follows, so a failure pr
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,9 +27,9 @@ from torch import Tensor
 import reference as ref
 import tip_kernels as tip
 from reference import select as ref_select
-from tip_kernels import _checks
 from tip_kernels.distillation import one_sweep
 from tip_kernels.select.rule import Kept
+from tip_kernels.sources import pair
 from tip_kernels.stats import STATISTICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -356,13 +355,13 @@ def models_of(case: Case) -> tuple[Model, Model | tip.TopK]:
 def settings_of(case: Case) -> Iterator[None]:
     """Workspaces below a MiB, short row blocks, a backend; a kept row without a finite loss is no surprise here."""
 
+    checked = pair.workspace_bytes
+
     def workspace_bytes(value: float) -> int:
-        return int(value * 2**20) if value < 1 else _checks.workspace_bytes(value)
+        return int(value * 2**20) if value < 1 else checked(value)
 
     with contextlib.ExitStack() as stack:
-        for name in ("distill", "losses", "stats"):
-            module = importlib.import_module(f"tip_kernels.{name}")
-            stack.enter_context(patch.object(module, "workspace_bytes", workspace_bytes))
+        stack.enter_context(patch.object(pair, "workspace_bytes", workspace_bytes))
         stack.enter_context(patch.object(one_sweep, "ROWS", {"cpu": (1, case.block)}))
         stack.enter_context(tip.backend(case.backend))
         stack.enter_context(warnings.catch_warnings())

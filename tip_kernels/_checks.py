@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ def expect(ok: bool, name: str, expected: str, got: object, *sizes: object) -> N
     sizes  fill the {} of expected, which must not hold them itself where torch.compile may not know them as numbers
     """
     if not ok:
-        raise ValueError(f"{name}: expected {expected.format(*sizes) if sizes else expected}, got {describe(got)}")
+        refuse(name, expected, got, *sizes)
+
+
+def refuse(name: str, expected: str, got: object, *sizes: object) -> NoReturn:
+    """Raises what `expect` raises; where calls are counted it is called only when something is wrong."""
+    raise ValueError(f"{name}: expected {expected.format(*sizes) if sizes else expected}, got {describe(got)}")
 
 
 def is_int(value: object) -> bool:
@@ -60,29 +66,6 @@ def flat_rows(
     return value.reshape(n_rows)
 
 
-def row_temperature(
-    value: object, batch_shape: tuple[int, ...], device: torch.device, rows: Tensor | None = None
-) -> float | Tensor:
-    """A temperature as a positive float, or as a detached fp32 (N,) tensor.
-
-    Values are checked on a CPU only, those of the given rows where there are any.
-    """
-    if not isinstance(value, Tensor):
-        return finite_number("temperature", value, positive=True)
-    flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling():  # the compiled op checks when it runs
-        checked = flat if rows is None else flat[rows]
-        ok = bool((torch.isfinite(checked) & (checked > 0)).all())
-        expect(ok, "temperature", "finite values above 0", value)
-    return flat
-
-
 def flag(name: str, value: object) -> None:
     """Refuses anything but True and False."""
     expect(isinstance(value, bool), name, "a bool", value)
-
-
-def workspace_bytes(value: object) -> int:
-    """workspace_mib as bytes."""
-    expect(finite_number("workspace_mib", value) >= 1, "workspace_mib", "a number of MiB, at least 1", value)
-    return int(value * 2**20)

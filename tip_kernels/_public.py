@@ -24,7 +24,7 @@ from tip_kernels.learn.divergences import (
     SkewReverseKL,
     ToDi,
 )
-from tip_kernels.learn.head_gradients import GradFilter
+from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd, difficulty_temperature
 from tip_kernels.select.papers import (
@@ -36,9 +36,9 @@ from tip_kernels.select.papers import (
     TopMargin,
 )
 from tip_kernels.select.quadrants import quadrants
-from tip_kernels.select.rule import KeepAll, Kept, RandomRows, Rule, Threshold
-from tip_kernels.select.tip import Overconfident, SampleEntropy, SoftOr, TopDivergence, TopEntropy
-from tip_kernels.sources.head import Head
+from tip_kernels.select.rule import KeepAll, Kept, RandomRows, Rule, SoftOr, Threshold
+from tip_kernels.select.tip import Overconfident, SampleEntropy, TopDivergence, TopEntropy
+from tip_kernels.sources.pair import Head
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import TokenStats
 

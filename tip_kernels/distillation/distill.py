@@ -1,35 +1,49 @@
-"""MEASURE, SELECT and LEARN in one call: what a training loop uses."""
+"""MEASURE, SELECT and LEARN in one call: what a training loop uses.
+
+Four ways to distill a batch, in the order in which they are tried:
+
+    known rows           the rule reads nothing: rows are measured and learned from block by block        one sweep
+    stashed rows         a quota: likely rows are learned from before the rule has seen all               one sweep
+    second sweep by rows the kept rows are projected once more, measured and learned from at a time       two sweeps
+    second sweep         the gradient sweep over kept rows, in backward                                   two sweeps
+
+N rows, S kept rows.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect, finite_number, flag, flat_rows
-from tip_kernels.distillation.batch import Batch
-from tip_kernels.distillation.one_sweep import KnownRows, SecondSweepByRows
+from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, refuse
+from tip_kernels.distillation.one_sweep import KnownRows, Layout, Learned, SecondSweepByRows, StashedRows
 from tip_kernels.distillation.options import Execution, Plan
-from tip_kernels.distillation.stash import StashedRows
-from tip_kernels.distillation.strategy import Learned, SecondSweep, Step, Strategy
-from tip_kernels.learn.divergence_loss import check_divergence
-from tip_kernels.learn.divergences import Divergence, ReverseKL
-from tip_kernels.learn.head_gradients import existing_grad_buffer
-from tip_kernels.learn.objective import GradOptions, Objective
-from tip_kernels.select.rule import Kept, Rule, spans_ranks
-from tip_kernels.select.tip import SoftOr
-from tip_kernels.sources.head import Head, HeadRows
-from tip_kernels.sources.pair import Request
+from tip_kernels.distributed import collectives
+from tip_kernels.learn.divergence_loss import measured_at, needs_of, row_loss
+from tip_kernels.learn.divergences import Divergence, ReverseKL, check_beside_topk
+from tip_kernels.learn.gradient_sweep import GradOptions, Objective, RowsToLearn
+from tip_kernels.measure import ops, sweep
+from tip_kernels.select.rule import KeepAll, Kept, Rule, SoftOr, spans_ranks
+from tip_kernels.sources.pair import Head, HeadRows, Pair, Request, row_temperature
 from tip_kernels.sources.topk import TopK
-from tip_kernels.stats import LABEL_FIELDS, TOP_FIELDS, TokenStats
+from tip_kernels.stats import (
+    LABEL_FIELDS,
+    STUDENT_FIELDS,
+    TEACHER_FIELDS,
+    TOP_FIELDS,
+    Blend,
+    Fields,
+    TokenStats,
+)
 
+T = TypeVar("T")
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
-
-STRATEGIES: tuple[Strategy, ...] = (KnownRows(), StashedRows(), SecondSweepByRows(), SecondSweep())
 
 
 class Distilled(NamedTuple):
@@ -112,9 +126,9 @@ def distill(
     )  # fmt: skip
     pair = request.pair
     _check(select, divergence, request, ce_weight, normalizer, temperature)
-    flag("temperature_sq", temperature_sq)
-    expect(isinstance(execution, Execution), "execution", "a tip_kernels.Execution", execution)
-    sweeps = execution.sweeps_for(pair)
+    if not isinstance(temperature_sq, bool):
+        refuse("temperature_sq", "a bool", temperature_sq)
+    sweeps = _sweeps_for(pair, execution)
     if row_weights is not None:
         row_weights = flat_rows("row_weights", row_weights, pair.student.batch_shape, FLOATS, pair.device)
     weight_into = None
@@ -126,8 +140,8 @@ def distill(
         GradOptions(request.workspace, weight_into=weight_into, grad_filter=execution.grad_filter), row_weights,
         normalizer, temperature if adaptive else None, sweeps, execution.full_stats, execution.grad_scale,
     )  # fmt: skip
-    strategy = next(strategy for strategy in STRATEGIES if _fits(strategy, step))
-    learned = strategy.run(step)
+    strategy, layout = _strategy_for(step)
+    learned = strategy.run(step, layout)
     loss, dropped = _reduced(learned, step)
     if execution.backward:
         if loss.requires_grad:
@@ -137,14 +151,34 @@ def distill(
     return Distilled(loss, learned.stats, learned.kept, Plan(strategy.name, batch.units, workspace_mib, *dropped))
 
 
-def _fits(strategy: Strategy, step: Step) -> bool:
-    if step.sweeps == 1 and strategy.name != "one sweep":
+def _strategy_for(step: Step) -> tuple[Strategy, Layout | None]:
+    """The first strategy that fits, and how it divides the workspace."""
+    for strategy in STRATEGIES:
+        layout = strategy.fits(step)
+        if layout is not None:
+            return strategy, layout
+    if step.sweeps == 1:
         raise ValueError(
             "sweeps: expected 2 or None, since one sweep takes a student's whole Head that needs a gradient, a teacher "
             "with logits, a temperature known beforehand, a rule known beforehand or with a quota and no generator "
             f"(the latter on a CPU), and whole rows of logits within workspace_mib; got 1 for {step.select}"
         )
-    return strategy.fits(step)
+    return SecondSweep(), None
+
+
+def _sweeps_for(pair: Pair, execution: Execution) -> int | None:
+    """The sweeps asked for, where the pair and the moment allow what is asked; else a ValueError."""
+    if not isinstance(execution, Execution):
+        refuse("execution", "a tip_kernels.Execution", execution)
+    if execution.grad_filter is not None and pair.shard is not None:
+        raise ValueError("grad_filter: expected None with a vocab_group, since its correction needs the whole head")
+    if not torch.compiler.is_compiling():
+        return execution.sweeps
+    expect(execution.sweeps != 1, "sweeps", "2 or None under torch.compile", execution.sweeps)
+    expect(execution.backward is False, "backward", "False under torch.compile", execution.backward)
+    if execution.grad_filter is not None:
+        raise ValueError("grad_filter: expected None under torch.compile, got a GradFilter")
+    return 2
 
 
 def _reduced(learned: Learned, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -171,25 +205,314 @@ def _check(
 ) -> None:
     """Refuses what does not go together."""
     pair = request.pair
-    expect(isinstance(select, Rule), "select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)
-    check_divergence(divergence, pair)
+    if not isinstance(select, Rule):
+        refuse("select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)
+    if not isinstance(divergence, Divergence):
+        refuse("divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
     if pair.shard is not None and spans_ranks(select) and select.group is None:
         raise ValueError(
             "select: expected a group beside scope 'global', that of the ranks with rows of their own, since those of "
             "the student's vocab_group have the same, got None"
         )
     if pair.topk is not None:
-        expect(
-            not callable(temperature),
-            "temperature",
-            "1.0, at which the teacher's TopK gives its log-probabilities",
-            temperature,
-        )
-        ok = not select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS)
-        expect(ok, "select", "a rule that needs no logits of the teacher, which is a TopK", select)
-    expect(0 <= finite_number("ce_weight", ce_weight) <= 1, "ce_weight", "a number in [0, 1]", ce_weight)
+        check_beside_topk(divergence, pair.topk.tail)
+        _check_beside_topk(select, temperature)
+    if not isinstance(ce_weight, float) or not 0 <= ce_weight <= 1:
+        ok = 0 <= finite_number("ce_weight", ce_weight) <= 1
+        expect(ok, "ce_weight", "a number in [0, 1]", ce_weight)
     if request.labels is None and (ce_weight or (divergence.needs | select.needs) & LABEL_FIELDS):
         reader = "ce_weight" if ce_weight else type(divergence if divergence.needs & LABEL_FIELDS else select).__name__
         raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
+    _check_normalizer(normalizer)
+
+
+def _check_beside_topk(select: Rule, temperature: object) -> None:
+    if callable(temperature):
+        refuse("temperature", "1.0, at which the teacher's TopK gives its log-probabilities", temperature)
+    if select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS):
+        refuse("select", "a rule that needs no logits of the teacher, which is a TopK", select)
+
+
+def _check_normalizer(normalizer: object) -> None:
     number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool) and 0 < normalizer < math.inf
-    expect(number or normalizer in ("kept", "all"), "normalizer", "'kept', 'all' or a number above 0", normalizer)
+    if not number and normalizer not in ("kept", "all"):
+        refuse("normalizer", "'kept', 'all' or a number above 0", normalizer)
+
+
+def existing_grad_buffer(weight: Tensor) -> Tensor | None:
+    """Where gradients of a leaf are summed up: its main_grad (as Megatron has it), else its .grad; None where there is
+    none yet, or where somebody else wants to see each gradient first."""
+    target = getattr(weight, "main_grad", None)
+    target = weight.grad if target is None else target
+    watched = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    plain = weight.is_leaf and weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and not watched
+    fits = isinstance(target, Tensor) and target.shape == weight.shape and type(target) in (Tensor, torch.nn.Parameter)
+    return target.detach() if plain and fits and target.layout == torch.strided else None
+
+
+class Batch:
+    """The rows of one distill call: which are measured, which were found invalid, and how many products that took."""
+
+    def __init__(self, request: Request) -> None:
+        pair = request.pair
+        self.pair, self.labels, self.workspace = pair, request.labels, request.workspace
+        self.n_rows = pair.n_rows
+        self.n_rollouts = math.prod(pair.student.batch_shape[:-1])
+        self.rollout_ids = request.rollout_ids
+        if isinstance(request.rollout_ids, Tensor) and request.rollout_ids.device == pair.device:
+            # on a GPU the one wait, before anything is measured; a graph cannot wait and takes the most there may be
+            compiling = torch.compiler.is_compiling()
+            self.n_rollouts = self.n_rows if compiling else torch.unique(request.rollout_ids).numel()
+        self.units = 0.0
+        self.top_k = 0
+        self.trainable: Tensor | None = None  # ids of unmasked rows, where the host can know them without waiting
+        row_mask = self.given_mask = request.row_mask
+        if row_mask is None:
+            row_mask = torch.ones(self.n_rows, dtype=torch.bool, device=pair.device)
+        elif row_mask.device.type == "cpu":
+            self.trainable = row_mask.nonzero().squeeze(1).to(pair.device)
+        self.row_mask = row_mask.to(pair.device)
+        if self.given_mask is not None:
+            self.given_mask = self.row_mask
+        self.valid_rows = self.row_mask  # unmasked rows without those that a measurement found NaN
+
+    def wanted(self, rule: Rule, divergence: Divergence, everything: bool) -> tuple[frozenset[str | Blend], bool]:
+        """The fields that the rule reads, with those of the loss where they come with them; and if of both models."""
+        self.top_k = getattr(rule, "top_k", 0)
+        want = rule.needs | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
+        with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
+        if self.labels is not None and want:
+            want = want | (LABEL_FIELDS if with_teacher else {"logp_s"})
+        if with_teacher:
+            want = want | divergence.needs
+        return want, with_teacher
+
+    def measure_for(self, want: frozenset[str | Blend], temperature: float | Tensor, with_teacher: bool) -> TokenStats:
+        """The wanted statistics of all rows that may be kept."""
+        measured = self.measure(self.trainable, want, temperature, with_teacher) if want else {}
+        if self.trainable is not None:
+            measured = {name: self.scattered(value, self.trainable) for name, value in measured.items()}
+        return self.record(measured, temperature, partial=self.trainable is not None)
+
+    def measured_at_one(self, ids: Tensor, measured: Fields, stats: TokenStats, temperature: float | Tensor) -> Fields:
+        """The student's normalizer and label log-probability, at temperature 1, of the rows ids."""
+        at_one = not isinstance(temperature, Tensor) and temperature == 1.0
+        logp_s = stats._get("logp_s")
+        if at_one and "logp_s" not in measured and logp_s is not None:
+            measured = {**measured, "logp_s": logp_s[ids]}
+        if not at_one or "logp_s" not in measured:
+            measured = self.measure(ids, frozenset({"logp_s"}), 1.0, with_teacher=False)
+        return {name: measured[name] for name in ("shift_s", "logsum_s", "logp_s")}
+
+    def measure(
+        self,
+        ids: Tensor | None,
+        want: frozenset[str | Blend],
+        temperature: float | Tensor,
+        with_teacher: bool,
+        record: list[Tensor | None] | None = None,
+        workspace: int | None = None,
+    ) -> Fields:
+        """The wanted fields of the rows ids, (len(ids),) each; counts the products and notes rows that are NaN."""
+        pair = self.pair if with_teacher else Pair(self.pair.student)
+        measure = ops.measure if torch.compiler.is_compiling() else sweep.measure
+        measured = measure(
+            pair, want, rows=ids, labels=self.labels, temperature=temperature,
+            top_k=self.top_k if want & TOP_FIELDS else 0, workspace=workspace or self.workspace, record=record,
+        )  # fmt: skip
+        self.count(ids, len(pair.sources))
+        self.note_invalid(measured, ids)
+        return measured
+
+    def note_invalid(self, measured: Fields, ids: Tensor | None) -> None:
+        """Removes from the valid rows those of the rows ids that a measurement found NaN."""
+        invalid = measured["logsum_s"].isnan()
+        if "logsum_t" in measured:
+            invalid = invalid | measured["logsum_t"].isnan()
+        self.valid_rows = self.valid_rows & ~(invalid if ids is None else self.scattered(invalid, ids))
+
+    def note(self, measured: Fields, rows: Tensor, fields: Fields) -> None:
+        """Keeps what was measured of the rows in fields, (N, ...) each."""
+        for name, value in measured.items():
+            if name in fields:
+                fields[name].index_copy_(0, rows, value)
+            else:
+                fields[name] = self.scattered(value, rows)
+
+    def count(self, ids: Tensor | None, products: int) -> None:
+        """Adds that many products over the given rows to the units."""
+        self.units += products * (1.0 if ids is None else ids.numel() / max(self.n_rows, 1))
+
+    def filled(self, stats: TokenStats, measured: Fields, ids: Tensor) -> TokenStats:
+        """stats with the fields that were measured only of kept rows, NaN in the others."""
+        before = stats._measured
+        late = {name: self.scattered(value, ids) for name, value in measured.items() if name not in before}
+        return self.record(before | late, stats._temperature, partial=True)
+
+    def record(self, measured: Fields, temperature: float | Tensor, *, partial: bool) -> TokenStats:
+        topk = self.pair.topk
+        return TokenStats(
+            _measured=measured, _temperature=temperature, _vocab=self.pair.vocab,
+            _batch_shape=self.pair.student.batch_shape, _labels=self.labels, _top_k=self.top_k,
+            _topk_ids=None if topk is None else topk.ids, _partial=partial,
+        )  # fmt: skip
+
+    def slots(self, kept: Kept, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Kept row ids and which are real: exact on a CPU, else (or in a graph) as many slots as the rule may need.
+
+        Exact, too, for a quota over all ranks, which has waited for the device anyway: one may keep any number of rows.
+        """
+        if (kept.mask.device.type == "cpu" or spans_ranks(rule)) and not torch.compiler.is_compiling():
+            return kept.row_ids, torch.ones_like(kept.row_ids, dtype=torch.bool)
+        groups = 1 if getattr(rule, "scope", "rollout") == "batch" else self.n_rollouts
+        return kept.slots(min(rule.capacity(self.n_rows, groups), self.n_rows))
+
+    def scattered(self, value: Tensor, ids: Tensor) -> Tensor:
+        """(N, ...) with value at ids; NaN elsewhere, or False or -1 where the dtype has no NaN."""
+        empty = torch.nan if value.is_floating_point() else (False if value.dtype == torch.bool else -1)
+        out = torch.full((self.n_rows, *value.shape[1:]), empty, dtype=value.dtype, device=value.device)
+        return out.index_copy_(0, ids, value)
+
+    def normalizer(self, kind: str | float, weights: Tensor, rule: Rule | None = None) -> Tensor | float:
+        """What the weighted sum of losses is divided by: over all ranks where that is the rule's scope."""
+        if not isinstance(kind, str):
+            return kind
+        total = weights.sum() if kind == "kept" else self.valid_rows.sum().float()
+        if rule is not None and spans_ranks(rule):
+            total = collectives.total(total, rule.group)
+        return torch.where(total == 0, 1.0, total)
+
+
+def _once(make: Callable[[Step], T]) -> property:
+    """A property that is made once: functools.cached_property holds a lock, which torch.compile cannot trace."""
+    name = f"_{make.__name__}"
+
+    def get(self: Step) -> T:
+        if name not in self.__dict__:
+            self.__dict__[name] = make(self)
+        return self.__dict__[name]
+
+    return property(get, doc=make.__doc__)
+
+
+@dataclass
+class Step:
+    """One distill call, checked."""
+
+    batch: Batch
+    select: Rule
+    objective: Objective
+    options: GradOptions
+    row_weights: Tensor | None  # (N,)
+    normalizer: str | float
+    temperature_of: Callable[[TokenStats], Tensor] | None  # of the learned rows, where that follows from statistics
+    sweeps: int | None
+    full_stats: bool
+    grad_scale: float | Tensor
+    need: tuple[bool, ...] = field(init=False)  # which of the student's leaves want a gradient
+
+    def __post_init__(self) -> None:
+        leaves = self.batch.pair.student.leaves
+        self.need = tuple([leaf.requires_grad for leaf in leaves]) if torch.is_grad_enabled() else ()
+        everything = self.full_stats or self.temperature_of is not None
+        # what all rows are measured for, and whether that takes the teacher
+        self.want, self.with_teacher = self.batch.wanted(self.select, self.objective.divergence, everything)
+        # the fields that the loss needs of kept rows
+        self.late = self.objective.divergence.needs | frozenset({"logp_s"} if self.objective.ce_weight else ())
+        keeps_all = isinstance(self.select, KeepAll)
+        # whether the rule can choose before anything is measured
+        self.knows_rows = not self.select.needs and self.temperature_of is None
+        self.knows_rows = self.knows_rows and (keeps_all or not self.full_stats)
+        self.measures_all = keeps_all if self.knows_rows else self.with_teacher  # in one sweep
+
+    def choose(self, stats: TokenStats) -> Kept:
+        return self.select(stats, row_mask=self.batch.row_mask, rollout_ids=self.batch.rollout_ids)
+
+    def weights(self, ids: Tensor, real: Tensor, kept: Kept) -> Tensor:
+        """(S,) weights of the rows ids, 0 where not real."""
+        w = real.float()
+        for factor in (self.row_weights, kept._weights):
+            w = w if factor is None else w * factor[ids]
+        return w
+
+    @property
+    def takes_third_sweep(self) -> bool:
+        """Whether two sweeps need row sums of the kept rows in between."""
+        two_pass = any(term.sums for _, term in self.objective.divergence.terms)
+        return two_pass and len(self.batch.pair.sources) == 2
+
+    @_once
+    def known(self) -> tuple[Kept, Tensor, Tensor]:
+        """The choice of a rule that knows its rows, with the slots of its rows and which of them are real."""
+        unmeasured = self.batch.record({}, self.objective.temperature, partial=True)
+        kept = self.choose(unmeasured)
+        return kept, *self.batch.slots(kept, self.select)
+
+    @_once
+    def measured(self) -> Measured:
+        """All rows measured, and the rule's choice among them."""
+        batch, objective = self.batch, self.objective
+        stats = batch.measure_for(self.want, objective.temperature, self.with_teacher)
+        if self.knows_rows:
+            kept, ids, real = self.known
+        else:
+            kept = self.choose(stats)
+            ids, real = batch.slots(kept, self.select)
+        if self.temperature_of is not None:
+            shape, device = batch.pair.student.batch_shape, batch.pair.device
+            objective = objective.at(row_temperature(self.temperature_of(stats), shape, device, ids))
+        return Measured(stats, kept, ids, real, objective, measured_at(stats, batch.pair, objective, ids))
+
+
+class Measured(NamedTuple):
+    """All rows measured, the rule's choice among them, and what is learned of it."""
+
+    stats: TokenStats
+    kept: Kept
+    ids: Tensor
+    real: Tensor
+    objective: Objective  # at the temperature of the loss
+    fields: Fields | None  # what the loss needs of the kept rows, if the statistics hold it
+
+
+class Strategy(Protocol):
+    """A way to distill a batch."""
+
+    name: str
+
+    def fits(self, step: Step) -> Layout | None:
+        """How it divides the workspace, where it can and should do the step, else None.
+
+        It may measure, once for all strategies that come after.
+        """
+        ...
+
+    def run(self, step: Step, layout: Layout) -> Learned: ...
+
+
+class SecondSweep:
+    """Measures all rows; the gradient sweep over kept rows runs in backward. Fits wherever one sweep is not asked."""
+
+    name = "two sweeps"
+
+    def fits(self, step: Step) -> Layout | None:
+        return None
+
+    def run(self, step: Step, layout: Layout | None) -> Learned:
+        batch, pair = step.batch, step.batch.pair
+        stats, kept, ids, real, objective, fields = step.measured
+        projections = len(pair.sources)
+        if fields is None:
+            want = step.late | needs_of(objective, pair)
+            fields = batch.measure(ids, want, objective.temperature, with_teacher=True)
+            stats = stats if step.temperature_of is not None else batch.filled(stats, fields, ids)
+        if step.takes_third_sweep:
+            batch.count(ids, projections)
+        at_one = batch.measured_at_one(ids, fields, stats, objective.temperature) if objective.ce_weight else None
+        losses = row_loss(pair, objective, RowsToLearn(ids, fields, at_one), step.options)
+        if losses.requires_grad:
+            batch.count(ids, projections + sum(step.need[:2] if pair.student.width else ()))
+        return Learned(stats, kept, ids, real, losses)
+
+
+STRATEGIES: tuple[Strategy, ...] = (KnownRows(), StashedRows(), SecondSweepByRows())

@@ -10,9 +10,8 @@ from torch import Tensor
 from tip_kernels._checks import expect, flat_rows
 from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select.papers import Teachability
-from tip_kernels.select.tip import SoftOr
-from tip_kernels.sources.head import Head
-from tip_kernels.sources.pair import rows_of
+from tip_kernels.select.rule import SoftOr
+from tip_kernels.sources.pair import Head, rows_of
 from tip_kernels.stats import TokenStats
 
 _READS: dict[str, tuple[str, ...]] = {

@@ -1,8 +1,14 @@
 """LEARN while a row's logits are in memory: nothing is projected twice, at the price of whole rows of logits.
 
     row block   R rows measured with both models' logits recorded, (R, V) fp32 each; then d(logits) over them
+    stash       d(logits) of rows that a quota will probably keep, (C, V) fp32, C = SLACK times the quota
 
 Rows known before they are measured are learned block by block: d(logits) goes into the two gradient products at once.
+With a quota the rule ranks the rows seen so far after each block, and d(logits) of those above a looser quota is
+stashed. When all are measured the rule decides exactly, the few kept rows that were not stashed are projected again,
+and one pair of products takes the stash in. A rule that reads the student alone stashes its logits instead, and the
+teacher is projected for kept rows only.
+
 The gradient exists before the upstream scalar does: backward scales it and hands it over. A second backward through the
 same graph falls back to the gradient sweep.
 
@@ -13,24 +19,111 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from tip_kernels.distillation.precomputed import PrecomputedGradients
-from tip_kernels.distillation.strategy import Learned, Step, takes_third_sweep
-from tip_kernels.learn.dense_loss import differentiated
-from tip_kernels.learn.head_gradients import HeadGradients
-from tip_kernels.learn.objective import GradOptions, Objective, RowsToLearn
-from tip_kernels.measure.ops import measure
-from tip_kernels.sources.logits import LogitRows, Rows
-from tip_kernels.sources.pair import Pair
+from tip_kernels.learn.gradient_sweep import (
+    GradOptions,
+    HeadGradients,
+    Objective,
+    RowsToLearn,
+    differentiated,
+    once,
+    save,
+    saved,
+)
+from tip_kernels.measure.sweep import measure
+from tip_kernels.select.rule import Kept, QuotaRule
+from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows, columns_of
 from tip_kernels.stats import Blend, Fields, TokenStats
-from tip_kernels.workspace import Layout, columns_of, parts_of
 
+if TYPE_CHECKING:
+    from tip_kernels.distillation.distill import Step
+
+SLACK = 1.25  # rows stashed per row of the quota
+ROWS = {"cpu": (96, 256)}  # the fewest rows of a block that keep the products efficient, and the most that help
+OTHER_ROWS = (512, 2048)
 FILTER_COLUMNS = 1024  # narrow enough that rare tokens fill whole tiles
+TILES_MIB = 16  # of the workspace for tiles, at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one sweep divides its workspace: a block of rows of logits, a stash, and tiles."""
+
+    rows: int  # R
+    slots: int  # C; 0: rows are learned as they come
+    tiles: int  # bytes for tiles of logits
+    reuse_grad_weight: bool = False  # the row blocks lie in d(weight) until it is written
+
+
+def divided(
+    workspace: int,
+    n_rows: int,
+    slots: int,
+    vocab: int,
+    widths: tuple[int, int],
+    device: str,
+    narrow_weight: bool,
+    grad_weight_bytes: int = 0,
+) -> Layout | None:
+    """A workspace of so many bytes divided among row blocks, stash and tiles, or None where the blocks get too short.
+
+    narrow_weight      d(weight) has 16 bits, so that a sum over several blocks needs an fp32 (V, H) beside it
+    grad_weight_bytes  bytes of d(weight), which is written last and holds the row blocks until then
+    """
+    fewest, most = ROWS.get(device, OTHER_ROWS)
+    tiles = min(workspace // 4, TILES_MIB * 2**20)
+    left = workspace - tiles - 4 * slots * (vocab + 3 * widths[0])  # hidden rows, weighted, gradient
+    if slots == 0 and n_rows > most and narrow_weight:
+        left -= 4 * vocab * widths[0]
+    most, gathered = min(most, max(n_rows, 1)), 12 * sum(widths)
+    rows = min(left // (8 * vocab + gathered), most)
+    reused = min(left // gathered, grad_weight_bytes // (8 * vocab), most)
+    if max(rows, reused) < min(fewest, max(n_rows, 1)):
+        return None
+    return Layout(max(rows, reused), slots, tiles, reused >= rows and reused > 0)
+
+
+def layout_for(step: Step, n_rows: int, slots: int = 0) -> Layout | None:
+    """The layout for learning from n_rows rows, or for measuring them with a stash of so many slots.
+
+    None where one sweep cannot do it: no head to differentiate, a teacher without logits, too small a workspace.
+    """
+    pair, need, student = step.batch.pair, step.need, step.batch.pair.student
+    if not isinstance(student, HeadRows) or pair.shard or len(pair.sources) < 2 or not any(need):
+        return None
+    wide, own_weight = student.weight.dtype == torch.float32, step.options.weight_into is None
+    reusable = 4 * student.weight.numel() if need[1] and wide and own_weight and slots else 0
+    widths, workspace = (student.width, pair.sources[1].width), step.batch.workspace
+    return divided(workspace, n_rows, slots, pair.vocab, widths, pair.device.type, need[1] and not wide, reusable)
+
+
+def stash_slots(n_rows: int, capacity: int) -> int:
+    """How many of n_rows rows to stash for a quota of at most `capacity` in all."""
+    return min(n_rows, math.ceil(SLACK * capacity) + 1)
+
+
+def parts_of(n_rows: int, rows: int) -> list[slice]:
+    """The blocks of so many rows."""
+    return [slice(r0, min(r0 + rows, n_rows)) for r0 in range(0, n_rows, rows)]
+
+
+class Learned(NamedTuple):
+    """What a strategy leaves: the losses of kept rows, with a graph or with gradients that exist already."""
+
+    stats: TokenStats
+    kept: Kept
+    ids: Tensor  # (S,)
+    real: Tensor  # (S,) bool: which of the slots hold a kept row
+    losses: Tensor  # (S,)
+    gradients: PrecomputedGradients | None = None  # of sum of weights * loss / divisor, where losses have no graph
+
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -60,7 +153,9 @@ class RowBlocks:
             self.z_s, self.z_t = self.buffer.view(-1)[: 2 * math.prod(size)].view(2, *size)
         else:
             self.z_s, self.z_t = torch.empty(size, device=device), torch.empty(size, device=device)
-        self.fields: Fields = {}  # (N, ...) of everything measured, NaN where not
+        partial = self.batch.trainable is not None or not step.measures_all
+        self.stats = self.batch.record({}, objective.temperature, partial=partial)
+        self.fields: Fields = self.stats._measured  # (N, ...) of everything measured so far, NaN where not
         self.losses = torch.full((self.batch.n_rows,), torch.nan, device=device)
         self.at_one: Fields = {}  # (N,) normalizers and label log-probabilities at temperature 1
 
@@ -74,7 +169,8 @@ class RowBlocks:
         for part in parts:
             rows, w = ids[part], weights[part] / divisor * self.step.grad_scale
             z_s, z_t = self.z_s[: rows.numel()], self.z_t[: rows.numel()]
-            self.note(self.batch.measure(rows, want, temperature, True, [z_s, z_t], self.layout.tiles), rows)
+            measured = self.batch.measure(rows, want, temperature, True, [z_s, z_t], self.layout.tiles)
+            self.batch.note(measured, rows, self.fields)
             every = torch.arange(rows.numel(), device=rows.device)
             dead = self.dlogits(rows, every, z_s, z_t, out=z_s, places=None, weights=w)
             self.add_to(gradients, part, z_s, w, dead)
@@ -99,21 +195,8 @@ class RowBlocks:
         if gradients.filter is not None:
             columns = min(columns, FILTER_COLUMNS)
         for v0, v1 in columns_of(student.vocab, columns):
-            with gradients.columns(v0, v1):
+            with gradients.columns(v0, v1, student.weight_tile(v0, v1)):
                 gradients.add(part, hidden, dlogits[:, v0:v1], weights)
-
-    def stats(self, partial: bool = True) -> TokenStats:
-        """The record of all that was measured so far; partial: of some rows only."""
-        partial = partial or self.batch.trainable is not None
-        return self.batch.record(self.fields, self.objective.temperature, partial=partial)
-
-    def note(self, measured: Fields, rows: Tensor) -> None:
-        """Keeps what was measured of the rows."""
-        for name, value in measured.items():
-            if name in self.fields:
-                self.fields[name].index_copy_(0, rows, value)
-            else:
-                self.fields[name] = self.batch.scattered(value, rows)
 
     def measure_late(self, rows: Tensor, z_s: Tensor, z_t: Tensor, want: frozenset[str | Blend]) -> None:
         """What the loss needs of rows whose student logits are in memory; projects the teacher into z_t."""
@@ -122,7 +205,7 @@ class RowBlocks:
         pair, tau = Pair(LogitRows(z_s), LogitRows(z_t)), self.objective.temperature_at(rows)
         here = measure(pair, want, labels=labels, temperature=tau, workspace=self.layout.tiles)
         self.batch.note_invalid(here, rows)
-        self.note(here, rows)
+        self.batch.note(here, rows, self.fields)
 
     def project(self, source: Rows, rows: Tensor, out: Tensor) -> None:
         """Logits (r, V) of the given rows of a source, at temperature 1."""
@@ -150,12 +233,13 @@ class RowBlocks:
         whose loss is not finite writes zeros; returns where, (r, 1) bool, or None where nowhere.
         """
         objective, ids, tiles = self.objective, rows[local], self.layout.tiles
+        measured = {name: value[ids] for name, value in self.fields.items()}
         pair = Pair(LogitRows(z_s), LogitRows(z_t))
         pair.student.scale, pair.student.softcap = self.student.scale, self.student.softcap  # dlogits are the head's
         labels = None if objective.labels is None else objective.labels[rows]
         tau = objective.temperature_at(rows)
         here = Objective(objective.divergence, tau, labels, objective.ce_weight, objective.temperature_sq)
-        measured, at_one = {name: value[ids] for name, value in self.fields.items()}, None
+        at_one = None
         if objective.ce_weight:
             at_one = measured
             if isinstance(tau, Tensor) or tau != 1.0:
@@ -184,14 +268,14 @@ class KnownRows:
 
     name = "one sweep"
 
-    def fits(self, step: Step) -> bool:
-        return step.sweeps != 2 and step.knows_rows and step.layout(step.known[1].numel()) is not None
+    def fits(self, step: Step) -> Layout | None:
+        return layout_for(step, step.known[1].numel()) if step.sweeps != 2 and step.knows_rows else None
 
-    def run(self, step: Step) -> Learned:
+    def run(self, step: Step, layout: Layout) -> Learned:
         kept, ids, real = step.known
-        blocks = RowBlocks(step, step.objective, step.layout(ids.numel()))
+        blocks = RowBlocks(step, step.objective, layout)
         made = blocks.learn_rows(ids, step.weights(ids, real, kept), step.want | step.late)
-        return Learned(blocks.stats(partial=not step.keeps_all), kept, ids, real, blocks.losses[ids], made)
+        return Learned(blocks.stats, kept, ids, real, blocks.losses[ids], made)
 
 
 class SecondSweepByRows:
@@ -199,16 +283,197 @@ class SecondSweepByRows:
 
     name = "two sweeps, the second by rows"
 
-    def fits(self, step: Step) -> bool:
-        if step.sweeps is not None or not any(step.need) or step.layout(1) is None:
-            return False
-        saves = step.measured.fields is None or takes_third_sweep(step)
-        return saves and step.layout(step.measured.ids.numel()) is not None
+    def fits(self, step: Step) -> Layout | None:
+        if step.sweeps is not None or not any(step.need) or layout_for(step, 1) is None:
+            return None
+        saves = step.measured.fields is None or step.takes_third_sweep
+        return layout_for(step, step.measured.ids.numel()) if saves else None
 
-    def run(self, step: Step) -> Learned:
+    def run(self, step: Step, layout: Layout) -> Learned:
         stats, kept, ids, real, objective, _ = step.measured
-        blocks = RowBlocks(step, objective, step.layout(ids.numel()))
+        blocks = RowBlocks(step, objective, layout)
         made = blocks.learn_rows(ids, step.weights(ids, real, kept), step.late)
         if step.temperature_of is None:
             stats = step.batch.filled(stats, {name: value[ids] for name, value in blocks.fields.items()}, ids)
         return Learned(stats, kept, ids, real, blocks.losses[ids], made)
+
+
+class StashedRows:
+    """One sweep over all rows, with a stash for the choice of a quota rule."""
+
+    name = "one sweep"
+
+    def fits(self, step: Step) -> Layout | None:
+        """The layout for measuring all rows with a stash for the rule's choice, or None where that is not to be had.
+
+        Ranking by block reads counts on the host, which is free on a CPU alone; a random rule would draw more than
+        once, and ranks would have to choose together as often as the one with most rows.
+        """
+        batch, rule, pair = step.batch, step.select, step.batch.pair
+        if step.sweeps == 2 or step.temperature_of is not None or step.knows_rows:
+            return None
+        if pair.device.type != "cpu" or pair.backend != "eager" or not isinstance(rule, QuotaRule) or not rule.needs:
+            return None
+        if hasattr(rule, "generator") or rule.scope == "global":
+            return None
+        n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
+        return layout_for(step, n_rows, stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts)))
+
+    def run(self, step: Step, layout: Layout) -> Learned:
+        blocks = StashingBlocks(step, step.objective, layout)
+        kept = blocks.stash_likely_rows()
+        made = blocks.finish_from_stash(kept)
+        ids = kept.row_ids
+        real = torch.ones_like(ids, dtype=torch.bool)
+        return Learned(blocks.stats, kept, ids, real, blocks.losses[ids], made)
+
+
+class StashingBlocks(RowBlocks):
+    """Row blocks whose likely rows are kept in a stash: d(logits), or the student's logits without a teacher."""
+
+    @without_graph
+    def stash_likely_rows(self) -> Kept:
+        """Measures every row and stashes those that a looser quota keeps among the rows seen so far."""
+        step, batch, temperature = self.step, self.batch, self.objective.temperature
+        with_teacher, likely_rule = step.with_teacher, loosened(step.select)
+        want = step.want | (step.late - step.objective.divergence.needs)
+        self.stash = Stash(self.layout.slots, self.pair.vocab, batch.n_rows)
+        candidates = torch.arange(batch.n_rows) if batch.trainable is None else batch.trainable
+        for part in parts_of(candidates.numel(), self.layout.rows) or [slice(0, 0)]:
+            rows = candidates[part]
+            z_s, z_t = self.z_s[: rows.numel()], self.z_t[: rows.numel()]
+            record = [z_s, z_t] if with_teacher else [z_s]
+            measured = batch.measure(rows, want, temperature, with_teacher, record, self.layout.tiles)
+            batch.note(measured, rows, self.fields)
+            likely = likely_rule(self.stats, batch.given_mask, batch.rollout_ids).mask
+            self.stash.release(likely)
+            local = likely[rows].nonzero().squeeze(1)
+            slots = self.stash.take(rows[local])
+            local = local[: slots.numel()]
+            if with_teacher:
+                self.dlogits(rows, local, z_s, z_t, out=self.stash.rows, places=slots)
+            else:
+                self.stash.rows.index_copy_(0, slots, z_s[local])
+        return step.select(self.stats, batch.given_mask, batch.rollout_ids)
+
+    @without_graph
+    def finish_from_stash(self, kept: Kept) -> PrecomputedGradients:
+        """Completes the stash with the kept rows that it missed, and takes it into the gradients."""
+        stash, ids, step = self.stash, kept.row_ids, self.step
+        stash.release(kept.mask)
+        missed = stash.compact(ids)
+        for part in parts_of(missed.numel(), self.layout.rows):
+            rows = missed[part]
+            slots, z_s, z_t = stash.take(rows), self.z_s[: rows.numel()], self.z_t[: rows.numel()]
+            self.project(self.student, rows, z_s)
+            if step.with_teacher:
+                self.project(self.teacher, rows, z_t)
+                self.dlogits(rows, torch.arange(rows.numel()), z_s, z_t, out=stash.rows, places=slots)
+            else:
+                stash.rows.index_copy_(0, slots, z_s)
+        held = stash.owner[: ids.numel()]
+        if not step.with_teacher:
+            self._learn_from_logits(held)
+        weights = step.weights(ids, torch.ones_like(ids, dtype=torch.bool), kept)
+        weights = weights * self.losses[ids].isfinite()
+        total = self.batch.normalizer(step.normalizer, weights)
+        share = torch.zeros(self.batch.n_rows).index_copy_(0, ids, weights / total * step.grad_scale)[held]
+        gradients = self.gradients(held, 1, step.options.weight_into)
+        dlogits = stash.rows[: ids.numel()].mul_(share.unsqueeze(1))
+        self.add_to(gradients, slice(0, ids.numel()), dlogits, share, (share == 0).unsqueeze(1))
+        self.batch.count(ids, sum(self.need[:2]))
+        return self.precomputed(ids, gradients, total)
+
+    def _learn_from_logits(self, held: Tensor) -> None:
+        """Puts d(logits) in the place of the student's logits that the stash holds of the rows held (S,)."""
+        for part in parts_of(held.numel(), self.layout.rows):
+            rows, z_s = held[part], self.stash.rows[part]
+            z_t = self.z_t[: rows.numel()]
+            self.measure_late(rows, z_s, z_t, self.step.late)
+            self.dlogits(rows, torch.arange(rows.numel()), z_s, z_t, out=z_s, places=None)
+
+
+def loosened(rule: QuotaRule) -> QuotaRule:
+    """The same rule with a quota SLACK times as large."""
+    return replace(
+        rule, keep=math.ceil(SLACK * rule.keep) if isinstance(rule.keep, int) else min(1.0, SLACK * rule.keep)
+    )
+
+
+class Stash:
+    """C rows of V numbers, and which row of the batch each holds. Lives on a CPU, where asking for a count is free."""
+
+    def __init__(self, slots: int, vocab: int, n_rows: int) -> None:
+        self.rows = torch.empty(slots, vocab)
+        self.owner = torch.full((slots,), -1)  # the row that a slot holds
+        self.slot = torch.full((n_rows,), -1)  # the slot of a row
+
+    def release(self, others: Tensor) -> None:
+        """Frees the slots of all rows but those of the mask others (N,)."""
+        gone = (self.owner >= 0) & ~others[self.owner]
+        self.slot[self.owner[gone]] = -1
+        self.owner[gone] = -1
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Free slots for as many of the rows ids as there is room for, (<= r,)."""
+        free = (self.owner < 0).nonzero().squeeze(1)[: ids.numel()]
+        ids = ids[: free.numel()]
+        self.owner[free], self.slot[ids] = ids, free
+        return free
+
+    def compact(self, ids: Tensor) -> Tensor:
+        """Moves the rows ids, so far as they are held, into the first slots; returns those that are not held."""
+        held = self.slot[ids] >= 0
+        outside = ids[held & (self.slot[ids] >= ids.numel())]
+        sources = self.slot[outside]
+        self.owner[sources] = -1
+        targets = self.take(outside)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self.rows[target] = self.rows[source]
+        return ids[~held]
+
+
+@dataclass
+class PrecomputedGradients:
+    """Gradients of sum of weights * row loss / divisor, and how to make them again for a second backward."""
+
+    gradients: HeadGradients | None  # until they are handed over
+    divisor: Tensor | float
+    objective: Objective
+    rows: RowsToLearn
+    options: GradOptions
+
+    def attach(self, loss: Tensor, weights: Tensor, total: Tensor | float, pair: Pair) -> Tensor:
+        """The loss () with its gradients attached: sum of weights * row loss / total, of weights (S,)."""
+        self.weights, self.scale = weights / total, self.divisor / total
+        return _AttachPrecomputed.apply(loss, self, pair, *pair.student.leaves)
+
+    def times(self, upstream: Tensor, pair: Pair, need: tuple[bool, ...]) -> list[Tensor | None]:
+        """The gradients of the student's leaves times upstream ()."""
+        gradients, self.gradients = self.gradients, None
+        if gradients is None:
+            _, sweep = differentiated(pair, self.objective, self.rows, self.options)
+            return sweep.run(pair, self.weights * upstream, need)
+        factor, weight_into = upstream * self.scale, self.options.weight_into
+        sums = gradients.finished(None if factor.device.type == "cpu" and factor == 1 else factor)
+        if weight_into is not None and sums[1] is not None:
+            weight_into += sums[1]
+            sums[1] = None
+        return [x if wanted else None for x, wanted in zip(sums, need, strict=True)]
+
+
+class _AttachPrecomputed(torch.autograd.Function):
+    """Gives a loss measured without a graph the gradients that exist already, times the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, loss: Tensor, made: PrecomputedGradients, pair: Pair, *leaves: Tensor) -> Tensor:
+        save(ctx, pair)
+        ctx.made = made
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        pair = saved(ctx)
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            grads = ctx.made.times(upstream.detach(), pair, ctx.needs_input_grad[3:])
+        return None, None, None, *once(grads, pair.student.leaves)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, flag, is_int
-from tip_kernels.learn.head_gradients import GradFilter
-from tip_kernels.sources.pair import Pair
+from tip_kernels.learn.grad_filter import GradFilter
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +48,6 @@ class Execution:
         else:
             expect(self.backward or scale == 1, "grad_scale", "1 without backward=True", scale)
             finite_number("grad_scale", scale, positive=True)
-
-    def sweeps_for(self, pair: Pair) -> int | None:
-        """`sweeps`, where the pair and the moment allow what is asked; else a ValueError."""
-        if self.grad_filter is not None and pair.shard is not None:
-            raise ValueError("grad_filter: expected None with a vocab_group, since its correction needs the whole head")
-        if not torch.compiler.is_compiling():
-            return self.sweeps
-        expect(self.sweeps != 1, "sweeps", "2 or None under torch.compile", self.sweeps)
-        expect(self.backward is False, "backward", "False under torch.compile", self.backward)
-        if self.grad_filter is not None:
-            raise ValueError("grad_filter: expected None under torch.compile, got a GradFilter")
-        return 2
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from tip_kernels._checks import FLOATS, expect
 from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergences import ReverseKL
-from tip_kernels.select.tip import SoftOr
-from tip_kernels.sources.head import Head
+from tip_kernels.select.rule import SoftOr
+from tip_kernels.sources.pair import Head
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import LABEL_FIELDS
 

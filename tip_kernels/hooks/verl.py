@@ -26,8 +26,7 @@ from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import Divergence, ReverseKL
 from tip_kernels.select.quadrants import quadrants
-from tip_kernels.select.rule import Rule
-from tip_kernels.select.tip import SoftOr
+from tip_kernels.select.rule import Rule, SoftOr
 from tip_kernels.sources.topk import TopK
 
 

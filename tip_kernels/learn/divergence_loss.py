@@ -10,20 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import FLOATS, expect, flat_rows
+from tip_kernels._checks import FLOATS, flat_rows, refuse
 from tip_kernels.learn import ops
-from tip_kernels.learn.autograd import with_gradient
-from tip_kernels.learn.dense_loss import differentiated
-from tip_kernels.learn.divergences import Divergence, ReverseKL
-from tip_kernels.learn.objective import GradOptions, Objective, RowsToLearn
+from tip_kernels.learn.divergences import Divergence, ReverseKL, check_beside_topk
+from tip_kernels.learn.gradient_sweep import GradOptions, Objective, RowsToLearn, differentiated, with_gradient
 from tip_kernels.learn.topk_loss import outcome_loss
-from tip_kernels.measure.ops import measure
-from tip_kernels.measure.topk_teacher import PARTIAL
+from tip_kernels.measure import ops as measure_ops
+from tip_kernels.measure import sweep
 from tip_kernels.select.rule import Kept
-from tip_kernels.sources.head import Head
-from tip_kernels.sources.pair import Pair, Request
+from tip_kernels.sources.pair import Head, Pair, Request
 from tip_kernels.sources.topk import TopK
-from tip_kernels.stats import LABEL_FIELDS, NORMALIZER_FIELDS, Fields, TokenStats
+from tip_kernels.stats import LABEL_FIELDS, LISTED_FIELDS, NORMALIZER_FIELDS, Blend, Fields, TokenStats
 
 
 def divergence_loss(
@@ -60,20 +57,24 @@ def divergence_loss(
     divergence is infinite keeps it. Backward may run repeatedly (retain_graph), but not twice through itself. Reads
     kept.row_ids, which synchronises on its first read.
 
-    Raises ValueError naming the argument. Source of the gradients: eager/row_grad.py.
+    Raises ValueError naming the argument. Source of the gradients: learn/divergences.py.
     """
     divergence = ReverseKL() if divergence is None else divergence
     request = Request.checked(student, teacher, temperature=temperature, workspace_mib=workspace_mib)
     pair = request.pair
-    check_divergence(divergence, pair)
+    if not isinstance(divergence, Divergence):
+        refuse("divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
+    if pair.topk is not None:
+        check_beside_topk(divergence, pair.topk.tail)
     _check_layout(grad_logits, student)
     ids = _checked_ids(kept, pair)
     labels = _checked_labels(stats, divergence, pair)
     objective = Objective(divergence, request.temperature, labels)
     measured = None if stats is None or stats._partial else measured_at(stats, pair, objective, ids)
     if measured is None:
+        measure = measure_ops.measure if torch.compiler.is_compiling() else sweep.measure
         measured = measure(
-            pair, objective.needs(pair.topk is not None), rows=None if kept is None else ids, labels=labels,
+            pair, needs_of(objective, pair), rows=None if kept is None else ids, labels=labels,
             temperature=request.temperature, workspace=request.workspace,
         )  # fmt: skip
     loss = row_loss(pair, objective, RowsToLearn(ids, measured), GradOptions(request.workspace, grad_logits))
@@ -86,8 +87,14 @@ def row_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: GradO
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
     if pair.topk is not None:
         return outcome_loss(pair, objective, rows, options)
-    loss, sweep = differentiated(pair, objective, rows, options)
-    return ops.attach_gradient(loss, sweep, pair) if torch.compiler.is_compiling() else with_gradient(loss, sweep, pair)
+    if torch.compiler.is_compiling():
+        return ops.differentiable(pair, objective, rows, options)
+    return with_gradient(*differentiated(pair, objective, rows, options), pair)
+
+
+def needs_of(objective: Objective, pair: Pair) -> frozenset[str | Blend]:
+    """The measured fields, beside the normalizers, that the divergence is made from."""
+    return objective.divergence.needs if pair.topk is None else LISTED_FIELDS
 
 
 def measured_at(stats: TokenStats, pair: Pair, objective: Objective, ids: Tensor) -> Fields | None:
@@ -96,7 +103,7 @@ def measured_at(stats: TokenStats, pair: Pair, objective: Objective, ids: Tensor
     if not _same(objective.temperature, stats._temperature) or not _same(topk_ids, stats._topk_ids):
         return None
     fields: Fields = {}
-    for name in objective.needs(pair.topk is not None) | NORMALIZER_FIELDS:
+    for name in needs_of(objective, pair) | NORMALIZER_FIELDS:
         value = stats._get(name)
         if value is None:
             return None
@@ -110,35 +117,29 @@ def _same(a: float | Tensor | None, b: float | Tensor | None) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
-def check_divergence(divergence: object, pair: Pair) -> None:
-    """Refuses what is no divergence, and what a TopK cannot serve; any other teacher serves all."""
-    expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
-    if pair.topk is not None:
-        ok = not divergence.needs & LABEL_FIELDS
-        expect(ok, "divergence", "one that reads no labels, since the teacher is a TopK", divergence)
-        ok = pair.topk.tail != "ignore" or all(term.gradient in PARTIAL for _, term in divergence.terms)
-        form = "ForwardKL, ReverseKL, Jeffreys, HellingerSq or a sum of them, since the TopK's tail is 'ignore'"
-        expect(ok, "divergence", form, divergence)
-
-
 def _check_layout(mode: object, student: Tensor | Head) -> None:
-    expect(mode in ("dense", "compact", "inplace"), "grad_logits", "'dense', 'compact' or 'inplace'", mode)
-    if mode != "dense":
-        expect(isinstance(student, Tensor), "grad_logits", "'dense', since the student is a Head", mode)
-        ok = mode != "compact" or student.dim() == 2
-        expect(ok, "grad_logits", "'dense' or 'inplace', since the student's logits are not (N, V)", mode)
-        ok = mode != "compact" or student.is_leaf
-        expect(ok, "grad_logits", "'dense' or 'inplace', since the student's logits are not a leaf", mode)
-        ok = mode != "inplace" or student.is_contiguous()
-        expect(ok, "grad_logits", "'dense' or 'compact', since the student's logits are not contiguous", mode)
+    if mode not in ("dense", "compact", "inplace"):
+        refuse("grad_logits", "'dense', 'compact' or 'inplace'", mode)
+    if mode == "dense":
+        return
+    if not isinstance(student, Tensor):
+        refuse("grad_logits", "'dense', since the student is a Head", mode)
+    if mode == "compact" and student.dim() != 2:
+        refuse("grad_logits", "'dense' or 'inplace', since the student's logits are not (N, V)", mode)
+    if mode == "compact" and not student.is_leaf:
+        refuse("grad_logits", "'dense' or 'inplace', since the student's logits are not a leaf", mode)
+    if mode == "inplace" and not student.is_contiguous():
+        refuse("grad_logits", "'dense' or 'compact', since the student's logits are not contiguous", mode)
 
 
 def _checked_ids(kept: object, pair: Pair) -> Tensor:
     """(S,) the rows to learn from."""
     if kept is None:
         return torch.arange(pair.n_rows, device=pair.device)
-    expect(isinstance(kept, Kept), "kept", "what a selection rule returned, or None", kept)
-    expect(kept.mask.numel() == pair.n_rows, "kept", "a choice among {} rows", kept.mask, pair.n_rows)
+    if not isinstance(kept, Kept):
+        refuse("kept", "what a selection rule returned, or None", kept)
+    if kept.mask.numel() != pair.n_rows:
+        refuse("kept", "a choice among {} rows", kept.mask, pair.n_rows)
     return kept.mask.nonzero().squeeze(1) if torch.compiler.is_compiling() else kept.row_ids
 
 
@@ -146,7 +147,8 @@ def _checked_labels(stats: object, divergence: Divergence, pair: Pair) -> Tensor
     """(N,) the labels that the statistics were measured with."""
     labels = None
     if stats is not None:
-        expect(isinstance(stats, TokenStats), "stats", "what token_stats returned, or None", stats)
+        if not isinstance(stats, TokenStats):
+            refuse("stats", "what token_stats returned, or None", stats)
         shape = stats._batch_shape
         if math.prod(shape) != pair.n_rows or stats._vocab != pair.vocab:
             raise ValueError(

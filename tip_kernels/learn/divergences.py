@@ -1,52 +1,92 @@
-"""The family of divergences: which statistics each needs, its value from them, and the name of its gradient.
+"""The family of divergences, one record each: the statistics it needs, its value from them, and its gradient.
 
-    class A   the value comes from measured statistics alone
-    class B   it takes row scalars that exist only once both normalisers are known: one more sweep over kept rows
+    single-pass   the value comes from measured statistics alone
+    two-pass      it takes row scalars that exist only once both normalizers are known: one more sweep over kept rows
 
 A divergence adds up with others and takes factors: `0.5 * ForwardKL() + 0.5 * ReverseKL()`. t and s below are the
-teacher's and the student's probabilities; values are in nats unless the divergence is bounded by 1.
+teacher's and the student's probabilities, lp_t and lp_s their natural logarithms on a tile (R, C), which are not to be
+overwritten; values are in nats unless the divergence is bounded by 1. S kept rows, R rows of a block, C columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, finite_number
-from tip_kernels.stats import Blend
+from tip_kernels._checks import expect, finite_number, refuse
+from tip_kernels.backends.eager.online import FLOOR
+from tip_kernels.measure.topk_teacher import PARTIAL
+from tip_kernels.stats import LABEL_FIELDS, Blend
 
 Row = Mapping[str | Blend, Tensor]
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x by way of exp2, which torch evaluates nearly three times faster on a CPU."""
+    return (x * (1 / math.log(2.0))).exp2_()
+
+
+def log_s_over_mixture(lp_s: Tensor, lp_t: Tensor, weight_t: float) -> Tensor:
+    """log(p_s / M), M = weight_t p_t + (1 - weight_t) p_s, from the log-ratio alone so that nothing underflows."""
+    log_ratio = lp_t - lp_s
+    return torch.logaddexp(log_ratio.add_(math.log(weight_t)), log_ratio.new_full((), math.log1p(-weight_t))).neg_()
+
+
+def log_probabilities(z: Tensor, shift: Tensor, logsum: Tensor) -> Tensor:
+    """log p of a tile (R, C) in place, from z / temperature; formed from shift and logsum (R, 1), never from lse."""
+    return z.clamp_(min=FLOOR).sub_(shift).sub_(logsum)
 
 
 class Divergence:
     """A per-row measure of how far the student's distribution is from the teacher's.
 
+    One made outside of the package works everywhere by tiled torch; under torch.compile it is refused, since the ops of
+    a graph hold names and numbers.
+
     needs     the measured fields (or blends) that value and gradient read
-    gradient  the name of its gradient, and of its row sums where it is class B, in each backend's row_grad
-    params    their parameters
-    class_b   whether it needs those row sums
+    sums      the names of the row sums that a two-pass divergence needs; () for a single-pass one
+    kernel    its name in the Triton backend, or None: tiled torch then makes the gradient, on a GPU too
+    params    the parameters that the kernel takes; the class makes the same divergence of them, see of_params
     """
 
     needs: frozenset[str | Blend] = frozenset()
-    gradient: ClassVar[str] = ""
-    class_b: ClassVar[bool] = False
+    sums: ClassVar[tuple[str, ...]] = ()
+    kernel: ClassVar[str | None] = None
     max_per_row: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        if ("gradient" in vars(cls) or "row_sums" in vars(cls)) and "kernel" not in vars(cls):
+            cls.kernel = None  # that of the class above computes something else
 
     @property
     def params(self) -> tuple[float, ...]:
         return ()
 
+    @classmethod
+    def of_params(cls, *params: float) -> Divergence:
+        """One with the same gradient, from `params`."""
+        return cls(*params)
+
     def value(self, row: Row) -> Tensor:
-        """(S,) fp32 from the needed fields and, in class B, the row sums by name."""
+        """(S,) fp32 from the needed fields and the row sums, by name."""
         raise NotImplementedError
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
-        """What the gradient reads beside the normalisers, {name: (S,)}."""
+        """What the gradient reads beside the normalizers, {name: (S,)}."""
         return {}
+
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """The summands of the row sums on a tile, {name: (R, C)}, names as in `sums`."""
+        raise NotImplementedError
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """d(divergence)/d(the student's logits / temperature) on a tile, (R, C); rows are the scalars, (R, 1) each."""
+        raise NotImplementedError
 
     @property
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
@@ -94,10 +134,14 @@ class ForwardKL(Divergence):
     """KL(t||s) = sum t (log t - log s): covers the teacher's mass."""
 
     needs = frozenset({"kl_fwd"})
-    gradient = "forward_kl"
+    kernel = "forward_kl"
 
     def value(self, row: Row) -> Tensor:
         return row["kl_fwd"]
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s - p_t"""
+        return exp(lp_s).sub_(exp(lp_t))
 
 
 @dataclass(frozen=True)
@@ -105,13 +149,17 @@ class ReverseKL(Divergence):
     """KL(s||t) = sum s (log s - log t): seeks the teacher's modes; the usual on-policy loss."""
 
     needs = frozenset({"kl_rev"})
-    gradient = "reverse_kl"
+    kernel = "reverse_kl"
 
     def value(self, row: Row) -> Tensor:
         return row["kl_rev"]
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"kl_rev": row["kl_rev"]}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s (log(p_s / p_t) - KL(s||t))"""
+        return torch.sub(lp_s, lp_t).sub_(rows["kl_rev"]).mul_(exp(lp_s))
 
 
 @dataclass(frozen=True)
@@ -133,8 +181,8 @@ class JSD(Divergence):
     """
 
     teacher_weight: float = 0.5
-    gradient = "jsd"
-    class_b = True
+    kernel = "jsd"
+    sums = ("kl_s", "kl_t")
 
     def __post_init__(self) -> None:
         w = finite_number("teacher_weight", self.teacher_weight)
@@ -160,14 +208,30 @@ class JSD(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"kl_s": row["kl_s"]}
 
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """kl_s, kl_t: p_s log(p_s / M) and p_t log(p_t / M)"""
+        return {
+            "kl_s": log_s_over_mixture(lp_s, lp_t, self.teacher_weight).mul_(exp(lp_s)),
+            "kl_t": log_s_over_mixture(lp_t, lp_s, 1 - self.teacher_weight).mul_(exp(lp_t)),
+        }
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """(1 - w) p_s (log(p_s / M) - KL(s||M))"""
+        return (
+            log_s_over_mixture(lp_s, lp_t, self.teacher_weight)
+            .sub_(rows["kl_s"])
+            .mul_(exp(lp_s))
+            .mul_(1 - self.teacher_weight)
+        )
+
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
     """KL(t || a t + (1 - a) s), a in [0, 1); 0 means ForwardKL (DistiLLM, arXiv 2402.03898)."""
 
     a: float = 0.1
-    gradient = "skew_forward_kl"
-    class_b = True
+    kernel = "skew_forward_kl"
+    sums = ("value", "mean_share")
 
     def __post_init__(self) -> None:
         expect(0 <= finite_number("a", self.a) < 1, "a", "a number in [0, 1)", self.a)
@@ -190,6 +254,17 @@ class SkewForwardKL(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"mean_share": row["mean_share"]}
 
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """value, mean_share: p_t log(p_t / M) and p_t r, r = (1 - a) p_s / M, M = a p_t + (1 - a) p_s"""
+        p_t = exp(lp_t)
+        share = exp(log_s_over_mixture(lp_s, lp_t, self.a)).mul_(1 - self.a)
+        return {"value": log_s_over_mixture(lp_t, lp_s, 1 - self.a).mul_(p_t), "mean_share": share.mul_(p_t)}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s E_t[r] - p_t r"""
+        share = exp(log_s_over_mixture(lp_s, lp_t, self.a)).mul_(1 - self.a)
+        return exp(lp_s).mul_(rows["mean_share"]).sub_(share.mul_(exp(lp_t)))
+
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
@@ -200,8 +275,8 @@ class SkewReverseKL(Divergence):
 
     a: float = 0.1
     detach_mixture: bool = False
-    gradient = "skew_reverse_kl"
-    class_b = True
+    kernel = "skew_reverse_kl"
+    sums = ("value", "mean_share")
 
     def __post_init__(self) -> None:
         expect(0 <= finite_number("a", self.a) < 1, "a", "a number in [0, 1)", self.a)
@@ -219,19 +294,35 @@ class SkewReverseKL(Divergence):
     def needs(self) -> frozenset[str]:
         return frozenset() if self.a else ReverseKL.needs
 
+    @classmethod
+    def of_params(cls, *params: float) -> SkewReverseKL:
+        return cls(params[0], bool(params[1]))
+
     def value(self, row: Row) -> Tensor:
         return row["value"].clamp(min=0.0)
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"value": row["value"], "mean_share": row["mean_share"]}
 
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """value, mean_share: p_s log(p_s / M) and p_s r, r = a p_s / M, M = (1 - a) p_t + a p_s"""
+        p_s = exp(lp_s)
+        log_share = log_s_over_mixture(lp_s, lp_t, 1 - self.a)
+        return {"value": log_share * p_s, "mean_share": exp(log_share).mul_(self.a).mul_(p_s)}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s (log(p_s / M) - r - (value - E_s[r])), without the r where the mixture is detached"""
+        g = log_s_over_mixture(lp_s, lp_t, 1 - self.a)
+        share = 0.0 if self.detach_mixture else exp(g).mul_(self.a).sub_(rows["mean_share"])
+        return g.sub_(share).sub_(rows["value"]).mul_(exp(lp_s))
+
 
 @dataclass(frozen=True)
 class TVD(Divergence):
     """sum |t - s| / 2, in [0, 1]; the gradient takes sign 0 at a tie (f-distill, arXiv 2307.15190)."""
 
-    gradient = "tvd"
-    class_b = True
+    kernel = "tvd"
+    sums = ("value", "mean_sign")
 
     def value(self, row: Row) -> Tensor:
         return row["value"]
@@ -239,19 +330,34 @@ class TVD(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"mean_sign": row["mean_sign"]}
 
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """value, mean_sign: |p_s - p_t| / 2 and p_s sign(p_s - p_t)"""
+        p_s = exp(lp_s)
+        gap = p_s - exp(lp_t)
+        return {"value": gap.abs().mul_(0.5), "mean_sign": gap.sign_().mul_(p_s)}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s (sign(p_s - p_t) - E_s[sign]) / 2, with sign 0 at a tie"""
+        p_s = exp(lp_s)
+        return p_s.sub(exp(lp_t)).sign_().sub_(rows["mean_sign"]).mul_(p_s).mul_(0.5)
+
 
 @dataclass(frozen=True)
 class HellingerSq(Divergence):
     """1 - sum sqrt(t s), the squared Hellinger distance, in [0, 1]."""
 
     needs = frozenset({"hellinger_sq"})
-    gradient = "hellinger_sq"
+    kernel = "hellinger_sq"
 
     def value(self, row: Row) -> Tensor:
         return row["hellinger_sq"]
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"hellinger_sq": row["hellinger_sq"]}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """(p_s (1 - H2) - sqrt(p_s p_t)) / 2"""
+        return exp(lp_s).mul_(1 - rows["hellinger_sq"]).sub_(exp(0.5 * (lp_s + lp_t))).mul_(0.5)
 
 
 @dataclass(frozen=True)
@@ -262,7 +368,7 @@ class Renyi(Divergence):
     """
 
     alpha: float
-    gradient = "renyi"
+    kernel = "renyi"
 
     def __post_init__(self) -> None:
         finite_number("alpha", self.alpha, positive=True)
@@ -289,6 +395,11 @@ class Renyi(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"log_blend": row[self._blend]}
 
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """p_s - p_t^alpha p_s^(1-alpha) / sum of the same"""
+        blend = (self.alpha * lp_t).add_(lp_s, alpha=1 - self.alpha)
+        return exp(lp_s).sub_(exp(blend.clamp_(min=FLOOR).sub_(rows["log_blend"])))
+
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
@@ -296,7 +407,7 @@ class AlphaBeta(Divergence):
 
     a: float = 0.2
     b: float = 0.7
-    gradient = "alpha_beta"
+    kernel = "alpha_beta"
 
     def __post_init__(self) -> None:
         finite_number("a", self.a, positive=True)
@@ -324,6 +435,12 @@ class AlphaBeta(Divergence):
         cross, _, power_s = (row[blend].exp() for blend in self._blends)
         return {"sum_g": power_s - cross}
 
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """g - p_s sum g, g = (p_s^(a+b) - p_t^a p_s^b) / a"""
+        a, b = self.a, self.b
+        g = exp((a + b) * lp_s).sub_(exp((a * lp_t).add_(lp_s, alpha=b)))
+        return g.sub_(exp(lp_s).mul_(rows["sum_g"])).div_(a)
+
 
 @dataclass(frozen=True)
 class ToDi(Divergence):
@@ -337,8 +454,8 @@ class ToDi(Divergence):
 
     beta: float = 1.0
     needs = frozenset({"kl_fwd", "kl_rev"})  # tell which rows are infinite
-    gradient = "todi"
-    class_b = True
+    kernel = "todi"
+    sums = ("value", "sum_g")
 
     def __post_init__(self) -> None:
         expect(finite_number("beta", self.beta) >= 0, "beta", "a number of at least 0", self.beta)
@@ -354,6 +471,22 @@ class ToDi(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"sum_g": row["sum_g"]}
 
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """value, sum_g: (w p_t - (1 - w) p_s) d and g = (1 - w) p_s (1 - d) - w p_t
+
+        d = log(p_t / p_s), w = sigma(beta d)
+        """
+        d = lp_t - lp_s
+        up, down = torch.sigmoid(self.beta * d).mul_(exp(lp_t)), torch.sigmoid(-self.beta * d).mul_(exp(lp_s))
+        return {"value": (up - down).mul_(d), "sum_g": down.sub(up).sub_(down.mul_(d))}
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """g - p_s sum g, the weights w being constants"""
+        p_s = exp(lp_s)
+        d = lp_t - lp_s
+        up, down = torch.sigmoid(self.beta * d).mul_(exp(lp_t)), torch.sigmoid(-self.beta * d).mul_(p_s)
+        return down.sub(up).sub_(down.mul_(d)).sub_(p_s.mul_(rows["sum_g"]))
+
 
 @dataclass(frozen=True)
 class SampledReverseKL(Divergence):
@@ -367,7 +500,7 @@ class SampledReverseKL(Divergence):
 
     clip: float | None = None
     needs = frozenset({"logp_s", "logp_t"})
-    gradient = "label_score"
+    kernel = "label_score"
 
     def __post_init__(self) -> None:
         if self.clip is not None:
@@ -379,3 +512,53 @@ class SampledReverseKL(Divergence):
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"label_factor": torch.where(row["logp_s"].isfinite(), self.value(row), 0.0)}  # a banned token has none
+
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+        """-k p_s, the dense part of k d(log p_s[label]); the label's own +k is added where its column is"""
+        return exp(lp_s).mul_(-rows["label_factor"])
+
+
+class Term(NamedTuple):
+    """One divergence of a weighted sum, with its row scalars."""
+
+    weight: float
+    divergence: Divergence
+    rows: Row  # (S,) each, or (R, 1)
+
+
+def tile_log_probabilities(z_s: Tensor, z_t: Tensor, rows: Row) -> tuple[Tensor, Tensor]:
+    """Both models' log-probabilities of a tile, in place."""
+    lp_s = log_probabilities(z_s, rows["shift_s"], rows["logsum_s"])
+    return lp_s, log_probabilities(z_t, rows["shift_t"], rows["logsum_t"])
+
+
+def sums_of_tile(
+    z_s: Tensor, z_t: Tensor, divergences: Sequence[Divergence], normalizers: Row
+) -> list[dict[str, Tensor]]:
+    """What a tile adds to the row sums of each two-pass divergence, {name: (R,)}; overwrites z_s and z_t."""
+    lp_s, lp_t = tile_log_probabilities(z_s, z_t, normalizers)
+    tiles = [divergence.row_sums(lp_s, lp_t) for divergence in divergences]
+    return [{name: tile.sum(1) for name, tile in sums.items()} for sums in tiles]
+
+
+def gradient_of_tile(z_s: Tensor, z_t: Tensor, terms: Sequence[Term], part: slice, normalizers: Row) -> Tensor:
+    """d(sum of weight * divergence)/d(z_s) on a tile (R, C) of the rows part; overwrites z_s and z_t.
+
+    z_s and z_t are logits / temperature. normalizers are shift and logsum of both models, (R, 1).
+    """
+    lp_s, lp_t = tile_log_probabilities(z_s, z_t, normalizers)
+    total: Tensor | None = None
+    for weight, divergence, scalars in terms:
+        g = divergence.gradient(lp_s, lp_t, {name: value[part].unsqueeze(1) for name, value in scalars.items()})
+        g = g if weight == 1.0 else g.mul_(weight)
+        total = g if total is None else total.add_(g)
+    return total
+
+
+def check_beside_topk(divergence: Divergence, tail: str) -> None:
+    """Refuses what a TopK of that tail cannot serve; any other teacher serves all."""
+    if divergence.needs & LABEL_FIELDS:
+        refuse("divergence", "one that reads no labels, since the teacher is a TopK", divergence)
+    if tail == "ignore" and not all(term.kernel in PARTIAL for _, term in divergence.terms):
+        form = "ForwardKL, ReverseKL, Jeffreys, HellingerSq or a sum of them, since the TopK's tail is 'ignore'"
+        refuse("divergence", form, divergence)

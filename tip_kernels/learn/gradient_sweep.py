@@ -1,26 +1,210 @@
-"""The gradient sweep over kept rows: from the loss of each to the leaves of the student's source.
+"""The loss of kept rows: its value from statistics, its gradient one sweep from each row to the leaves of the source.
 
-S kept rows, R rows of a block, V vocabulary, C columns of a tile, H hidden width.
+    Objective                what is learned of a row
+    differentiated           its value, and the sweep that is its gradient
+    LeafSweep, GradientSweep d(logits) tile by tile, into the logits or through the head
+    HeadGradients            d(hidden) = g W and d(weight) = g^T hidden, summed up tile by tile; g is d(loss)/d(logits)
+    with_gradient            attaches a sweep to values that were measured without a graph
+
+N rows, S kept rows, R rows of a block (r in memory), V vocabulary, C columns of a tile, H hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from tip_kernels.backends.eager import row_grad
-from tip_kernels.learn.head_gradients import HeadGradients
-from tip_kernels.learn.objective import GradOptions
-from tip_kernels.learn.sweep import RowSweep, over_, rows_of_all, tiles_of
+from tip_kernels.distributed.collectives import all_reduce_sum_
+from tip_kernels.learn.divergences import (
+    Divergence,
+    Term,
+    exp,
+    gradient_of_tile,
+    log_probabilities,
+    sums_of_tile,
+)
+from tip_kernels.learn.grad_filter import GradFilter
+from tip_kernels.measure.sweep import NO_DOUBLE_BACKWARD
 from tip_kernels.measure.topk_teacher import add_columns
-from tip_kernels.sources.head import HeadRows
-from tip_kernels.sources.logits import LogitRows, Rows
-from tip_kernels.sources.pair import Pair
-from tip_kernels.stats import IGNORE_LABEL
-from tip_kernels.workspace import columns_of
+from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows, Tiling
+from tip_kernels.stats import IGNORE_LABEL, LABEL_FIELDS, NORMALIZER_FIELDS, Fields
+
+
+@dataclass(frozen=True)
+class GradOptions:
+    """How gradients are made and where they go; never what they are."""
+
+    workspace: int  # bytes
+    layout: str = "dense"  # of a gradient of logits: "dense", "compact" or "inplace"
+    weight_into: Tensor | None = None  # (V, H) where d(weight) of a Head is added, instead of returned
+    grad_filter: GradFilter | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a row: (1 - ce_weight) * tau^2 * divergence + ce_weight * cross-entropy, tau^2 only where asked."""
+
+    divergence: Divergence
+    temperature: float | Tensor = 1.0  # a tensor is (N,)
+    labels: Tensor | None = None  # (N,)
+    ce_weight: float = 0.0
+    temperature_sq: bool = False
+
+    def at(self, temperature: float | Tensor) -> Objective:
+        return replace(self, temperature=temperature)
+
+    @property
+    def divergence_weight_is_zero(self) -> bool:
+        """Whether the label loss stands alone, so that a divergence of +inf must not matter: 0 * inf is NaN."""
+        return self.ce_weight == 1
+
+    def temperature_at(self, ids: Tensor) -> float | Tensor:
+        """The temperature of the rows ids, a float or (S,)."""
+        return self.temperature[ids] if isinstance(self.temperature, Tensor) else self.temperature
+
+    def factor(self, ids: Tensor, like: Tensor) -> Tensor:
+        """What multiplies the divergence of the rows ids, of the shape of `like` (S,)."""
+        factor = 1.0 - self.ce_weight
+        if self.temperature_sq:
+            factor = factor * self.temperature_at(ids) ** 2
+        return factor if isinstance(factor, Tensor) else torch.full_like(like, factor)
+
+
+@dataclass(frozen=True)
+class RowsToLearn:
+    """Kept rows, and what was measured of them."""
+
+    ids: Tensor  # (S,) int64
+    measured: Fields  # (S,) shift and logsum of both models, and what the objective needs
+    at_one: Fields | None = None  # (S,) shift_s, logsum_s and logp_s at temperature 1, for a label loss
+
+
+def swept_sums(sweep: RowSweep, pair: Pair, divergences: list[Divergence]) -> list[dict[str, Tensor]]:
+    """The row sums of two-pass divergences, each {name: (S,)}, by one sweep."""
+    return sweep.sums_of(pair, divergences)
+
+
+def differentiated(
+    pair: Pair,
+    objective: Objective,
+    rows: RowsToLearn,
+    options: GradOptions,
+    sums_of: Callable[[RowSweep, Pair, list[Divergence]], list[dict[str, Tensor]]] = swept_sums,
+) -> tuple[Tensor, GradientSweep]:
+    """The (S,) loss of rows whose statistics are known, without a graph, and the sweep that is its gradient."""
+    divergence, measured = objective.divergence, rows.measured
+    normalizers = {}
+    for name in NORMALIZER_FIELDS:
+        normalizers[name] = measured[name]
+    tau, backend, two_pass = objective.temperature_at(rows.ids), pair.backend, []
+    parts = divergence.terms
+    for _, term in parts:
+        backend = backend if term.kernel else "eager"
+        if term.sums:
+            two_pass.append(term)
+    sweep = RowSweep(rows.ids, normalizers, tau, options.workspace, backend)
+    sums = iter(sums_of(sweep, pair, two_pass) if two_pass else ())
+    value, terms = 0.0, []
+    for weight, term in parts:
+        row = {**measured, **next(sums)} if term.sums else measured
+        value = value + weight * term.value(row)
+        terms.append(Term(weight, term, term.scalars(row)))
+    factor = objective.factor(rows.ids, value)
+    limit, muted = divergence.max_per_row, objective.divergence_weight_is_zero
+    if muted:  # the divergence matters no more, but a NaN row stays one
+        loss = 0.0 * (normalizers["logsum_s"] + normalizers["logsum_t"])
+    elif limit is not None:
+        loss = value.clamp(max=limit) * factor
+        factor = torch.where(value > limit, 0.0, factor)
+    else:
+        loss = value * factor
+    ce = None if rows.at_one is None else CrossEntropy(objective.ce_weight, rows.at_one)
+    reads_labels = ce is not None or divergence.needs & LABEL_FIELDS
+    labels = objective.labels[rows.ids] if reads_labels else None
+    if ce is not None:
+        loss = loss - ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, ce.at_rows["logp_s"])
+    masked = muted or limit is not None
+    return loss, GradientSweep(sweep, options, terms, factor, torch.isfinite(loss), labels, ce, masked)
+
+
+@dataclass(frozen=True)
+class RowSweep:
+    """What every sweep over kept rows shares: the rows, both models' normalizers, and how tiles are made."""
+
+    ids: Tensor  # (S,) int64
+    normalizers: Mapping[str, Tensor]  # (S,) shift and logsum of both models
+    temperature: float | Tensor  # or (S,)
+    workspace: int
+    backend: str
+
+    def restricted_to(self, places: Tensor) -> RowSweep:
+        return replace(
+            self,
+            ids=self.ids[places],
+            normalizers=rows_of_all(self.normalizers, places),
+            temperature=self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature,
+        )
+
+    def tiling(self, pair: Pair, buffers: int, slice_width: int = 0) -> Tiling:
+        """The tiles of the rows."""
+        return pair.tiling(self.ids.numel(), self.workspace, buffers, slice_width=slice_width)
+
+    def temperature_at(self, part: slice) -> float | Tensor:
+        return self.temperature[part].unsqueeze(1) if isinstance(self.temperature, Tensor) else self.temperature
+
+    def columns_at(self, part: slice) -> dict[str, Tensor]:
+        return {name: value[part].unsqueeze(1) for name, value in self.normalizers.items()}
+
+    @torch.no_grad()
+    def sums_of(self, pair: Pair, divergences: Sequence[Divergence]) -> list[dict[str, Tensor]]:
+        """The row sums of each two-pass divergence, {name: (S,)}."""
+        tiling, done = self.tiling(pair, buffers=8), []
+        with torch.autocast(pair.device.type, enabled=False):
+            for part in tiling.parts or [slice(0, 0)]:
+                totals: list[dict[str, Tensor]] = []
+                for _, (z_s, z_t), _ in tiling.walk(pair.blocks(self.ids[part]), [None, None]):
+                    sums = self._tile_sums(z_s, z_t, divergences, part)
+                    for total, tile in zip(totals, sums, strict=False):
+                        total.update({name: total[name] + tile[name] for name in total})
+                    totals = totals or sums
+                done.append(totals)
+        sums = [
+            {name: torch.cat([totals[i][name] for totals in done]) for name in each} for i, each in enumerate(done[0])
+        ]
+        if pair.shard is None:
+            return sums
+        every = all_reduce_sum_(torch.stack([x for named in sums for x in named.values()]), pair.shard.group)
+        rows = iter(every)
+        return [{name: next(rows) for name in named} for named in sums]
+
+    def _tile_sums(
+        self, z_s: Tensor, z_t: Tensor, divergences: Sequence[Divergence], part: slice
+    ) -> list[dict[str, Tensor]]:
+        if self.backend == "triton":
+            from tip_kernels.backends.triton.row_grad import Term as KernelTerm
+            from tip_kernels.backends.triton.row_sums import row_sums
+
+            tau = self.temperature[part] if isinstance(self.temperature, Tensor) else self.temperature
+            terms = [KernelTerm(1.0, divergence.kernel, divergence.params) for divergence in divergences]
+            return row_sums(z_s, z_t, rows_of_all(self.normalizers, part), terms, temperature=tau)
+        tau = self.temperature_at(part)
+        return sums_of_tile(over_(z_s, tau), over_(z_t, tau), divergences, self.columns_at(part))
+
+
+def rows_of_all(values: Mapping[str, Tensor], places: Tensor | slice) -> dict[str, Tensor]:
+    """Some rows of each of the tensors."""
+    return {name: value[places] for name, value in values.items()}
+
+
+def over_(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """z / temperature, in place."""
+    return z if isinstance(temperature, float) and temperature == 1.0 else z.div_(temperature)
 
 
 @dataclass(frozen=True)
@@ -107,11 +291,11 @@ class LeafSweep:
         if (not scatter or places is self.sweep.ids) and self.fill_rows(pair, upstream, dead, out, scatter):
             return
         all_ids = self.sweep.ids
-        parts, columns, buffers = self.sweep.tiling(pair, buffers=7)
-        for v0, v1 in columns_of(pair.vocab, columns):
-            weights = [source.weight_tile(v0, v1) for source in pair.sources]
-            for part in parts:
-                z = tiles_of(pair.blocks(all_ids[part]), weights, buffers, v0, v1)
+        tiling = self.sweep.tiling(pair, buffers=7)
+        for v0, v1 in tiling.slices:
+            weights = pair.weights(v0, v1)
+            for part in tiling.parts:
+                z = tiling.tiles(pair.blocks(all_ids[part]), weights, v0, v1)
                 g = self.dlogits_tile(pair.student, z, part, v0, upstream, dead).to(out.dtype)
                 if places is None:
                     out[part, v0:v1] = g
@@ -122,19 +306,19 @@ class LeafSweep:
         self, pair: Pair, student: HeadRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
         all_ids, options = self.sweep.ids, self.options
-        parts, columns, buffers = self.sweep.tiling(pair, buffers=7, slice_width=student.width)
         sums = HeadGradients(student, all_ids, need, into=options.weight_into, grad_filter=options.grad_filter)
-        for v0, v1 in columns_of(student.columns, columns):
-            with sums.columns(v0, v1) as tile:
-                weights = [tile, *[source.weight_tile(v0, v1) for source in pair.sources[1:]]]
-                for part in parts:
+        tiling = self.sweep.tiling(pair, buffers=7, slice_width=student.width)
+        for v0, v1 in tiling.slices:
+            weights = pair.weights(v0, v1)
+            with sums.columns(v0, v1, weights[0]):
+                for part in tiling.parts:
                     blocks = pair.blocks(all_ids[part])
-                    z = tiles_of(blocks, weights, buffers, v0, v1)
+                    z = tiling.tiles(blocks, weights, v0, v1)
                     g = self.dlogits_tile(student, z, part, v0, upstream, dead)
                     hidden = blocks[0].hidden
                     hidden = hidden if dead is None else hidden.masked_fill(dead[part], 0.0)
                     sums.add(part, hidden, g, upstream[part] if upstream.dim() == 1 else None)
-                weights = tile = None  # released before the next ones are made
+            weights = []  # released before the next ones are made
         return sums.finished()
 
 
@@ -142,7 +326,7 @@ class LeafSweep:
 class GradientSweep(LeafSweep):
     """The gradient of sum_i upstream[i] * loss of row ids[i]; upstream is (S,)."""
 
-    terms: list[row_grad.Term]
+    terms: list[Term]
     factor: Tensor  # (S,)
     finite: Tensor  # (S,) bool: a row whose loss is infinite or NaN has gradient 0
     labels: Tensor | None  # (S,)
@@ -216,15 +400,17 @@ class GradientSweep(LeafSweep):
         if self.sweep.backend == "triton":
             return self._kernel(z_s, z_t, part, weights, out=torch.empty_like(z_s))
         tau = self.sweep.temperature_at(part)
-        terms = [term._replace(rows={k: v[part].unsqueeze(1) for k, v in term.rows.items()}) for term in self.terms]
-        g = row_grad.dlogits(over_(z_s, tau), over_(z_t, tau), terms, self.sweep.columns_at(part))
+        g = gradient_of_tile(over_(z_s, tau), over_(z_t, tau), self.terms, part, self.sweep.columns_at(part))
         return g.mul_(weights.unsqueeze(1) / tau)
 
     def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: object) -> Tensor:
         """The same by the Triton kernel, which reads tiles or whole rows."""
         from tip_kernels.backends.triton import row_grad as kernels
 
-        terms = [kernels.Term(term.weight, term.name, term.params, rows_of_all(term.rows, part)) for term in self.terms]
+        terms = [
+            kernels.Term(weight, divergence.kernel, divergence.params, rows_of_all(rows, part))
+            for weight, divergence, rows in self.terms
+        ]
         tau = self.sweep.temperature
         tau = tau[part] if isinstance(tau, Tensor) else tau
         return kernels.row_grad(
@@ -235,6 +421,177 @@ class GradientSweep(LeafSweep):
         """ce.weight * (p_s - one-hot(label)) at temperature 1, 0 in rows without a label."""
         shift, logsum = (self.ce.at_rows[name][part].unsqueeze(1) for name in ("shift_s", "logsum_s"))
         weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * self.ce.weight
-        tile = row_grad.exp(row_grad.log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
+        tile = exp(log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
         add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)
         return tile
+
+
+class HeadGradients:
+    """Sums of the gradients of a head's leaves over rows ids (S,), vocabulary slice by slice.
+
+        for v0, v1 in ...:
+            with sums.columns(v0, v1, tile):            # the head's rows v0 to v1, (C, H)
+                sums.add(part, hidden, g)               # for each part of the rows
+
+    need    which of hidden, weight and bias want a gradient
+    wide    sums of weight stay fp32 until they are finished: the vocabulary is walked several times, or they are scaled
+            later; else each slice is rounded to the weight's dtype when it is closed
+    into    where d(weight) is added instead of into a buffer of its own, (V, H)
+    buffer  that buffer, if there is one already; what it holds is lost
+    """
+
+    def __init__(
+        self,
+        student: HeadRows,
+        ids: Tensor,
+        need: tuple[bool, ...],
+        *,
+        wide: bool = False,
+        into: Tensor | None = None,
+        grad_filter: GradFilter | None = None,
+        buffer: Tensor | None = None,
+    ) -> None:
+        self.student, self.ids, self.into, self.filter = student, ids, into, grad_filter
+        self.need_hidden, self.need_weight, self.need_bias = (*need, False, False, False)[:3]
+        weight, device = student.weight, ids.device
+        self.weight = self.bias = None
+        if self.need_weight:
+            dtype = torch.float32 if wide else weight.dtype
+            if buffer is None and into is None:
+                buffer = torch.empty(weight.shape, dtype=dtype, device=device)
+            self.weight = buffer if into is None else into
+        if self.need_bias:
+            self.bias = torch.zeros(student.bias.shape, device=device)
+        self.hidden = torch.zeros(ids.numel(), student.width, device=device) if self.need_hidden else None
+        if grad_filter is not None:
+            self.dropped = torch.zeros(ids.numel(), device=device)  # the sum that each row lacks
+            self.row_sum = torch.zeros(student.width, device=device)  # of the head's rows
+        self.walked = 0
+
+    @contextmanager
+    def columns(self, v0: int, v1: int, tile: Tensor) -> Iterator[None]:
+        """Opens a slice of the vocabulary, in order, each once a pass; tile (C, H) holds its rows of the head."""
+        self.v0, self.v1 = v0, v1
+        first_pass = self.walked == v0
+        self.tile = tile
+        self.fresh = first_pass and self.into is None
+        if self.need_weight:
+            place = self.weight[v0:v1]
+            own = place.dtype == torch.float32
+            self.slice = place if own else torch.empty(place.shape, device=place.device)
+            self.fresh = self.fresh or not own
+        if self.filter is not None and first_pass:
+            self.row_sum += tile.float().sum(0)
+        yield
+        if self.need_weight:
+            if self.fresh:
+                self.slice.zero_()  # every tile was left out, or there was none
+            if not own:
+                place.add_(self.slice) if self.into is not None else place.copy_(self.slice)
+        self.walked = max(self.walked, v1)
+        self.tile = self.slice = None
+
+    def add(self, part: slice, hidden: Tensor, g: Tensor, row_scale: Tensor | None = None) -> None:
+        """Takes in g (r, C) fp32 of the open columns, of the rows ids[part] with hidden states (r, H).
+
+        row_scale  (r,) the weights that g holds, for the filter's tolerance
+        """
+        if self.filter is not None and self.filter.drops(g, row_scale):
+            self.dropped[part] += g.sum(1)
+            return
+        if self.need_bias:
+            self.bias[self.v0 : self.v1] += g.sum(0)
+        g = g.to(self.tile.dtype)
+        if self.need_weight:
+            _product_into(self.slice, g.t(), hidden, fresh=self.fresh)
+            self.fresh = False
+        if self.need_hidden:
+            _product_into(self.hidden[part], g, self.tile, fresh=False)
+
+    def finished(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        """The gradients of the leaves times factor (), once, in their dtypes and shapes.
+
+        That of weight is None where it was added elsewhere.
+        """
+        student, hidden, weight = self.student, None, None
+        if self.need_hidden and student.shard is not None:
+            all_reduce_sum_(self.hidden, student.shard.group)
+        if self.need_hidden and self.filter is not None:
+            self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)
+        if factor is not None:
+            for x in (self.hidden, self.weight if self.into is None else None, self.bias):
+                if x is not None:
+                    x.mul_(factor)
+        if self.need_hidden:
+            hidden = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)
+            for part in range(0, self.ids.numel(), 4096):
+                rows = self.hidden[part : part + 4096].to(hidden.dtype)
+                hidden.view(-1, student.width).index_copy_(0, self.ids[part : part + 4096], rows)
+        if self.need_weight and self.into is None:
+            self.weight[self.walked :].zero_()  # beyond vocab_size
+            weight = self.weight.to(student.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(student.bias.dtype)
+        return [hidden, weight, bias][: len(student.leaves)]
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """out (fp32) = a @ b where fresh, else out += a @ b; summed in fp32."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
+    else:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        out.copy_(product) if fresh else out.add_(product)
+
+
+def with_gradient(values: Tensor, sweep: LeafSweep, pair: Pair) -> Tensor:
+    """values (S, ...) as they are; backward runs the sweep."""
+    return _WithGradient.apply(values, sweep, pair, *pair.student.leaves)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, values: Tensor, sweep: LeafSweep, pair: Pair, *leaves: Tensor) -> Tensor:
+        save(ctx, pair)
+        ctx.sweep = sweep
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[3:]
+        pair = saved(ctx)
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            grads = ctx.sweep.run(pair, upstream.detach(), need)
+        return None, None, None, *once(grads, pair.student.leaves)
+
+
+def save(ctx: FunctionCtx, pair: Pair) -> None:
+    """Keeps a pair's tensors for backward, as autograd wants them kept."""
+    # Saved tensors let autograd refuse a backward after an in-place change; those of inference mode cannot change.
+    tensors = [*pair.student.leaves, *(pair.teacher.leaves if pair.teacher is not None else ())]
+    ctx.save_for_backward(*[None if tensor.is_inference() else tensor for tensor in tensors])
+    ctx.constants = [tensor if tensor.is_inference() else None for tensor in tensors]
+    ctx.n_leaves, ctx.pair = len(pair.student.leaves), pair.with_leaves()
+
+
+def saved(ctx: FunctionCtx) -> Pair:
+    """The pair that `save` kept."""
+    both = zip(ctx.saved_tensors, ctx.constants, strict=True)
+    tensors = tuple([tensor if constant is None else constant for tensor, constant in both])
+    return ctx.pair.with_leaves(tensors[: ctx.n_leaves], tensors[ctx.n_leaves :])
+
+
+def once(grads: list[Tensor | None], leaves: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients that cannot be differentiated again; with create_graph=True one of them would pass for 0."""
+    if not torch.is_grad_enabled():
+        return grads
+    return [None if grad is None else _NoDoubleBackward.apply(grad, *leaves) for grad in grads]
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor, *leaves: Tensor) -> Tensor:
+        return grad.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> NoReturn:
+        raise RuntimeError(NO_DOUBLE_BACKWARD)

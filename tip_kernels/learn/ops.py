@@ -15,41 +15,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect
-from tip_kernels.backends.eager import row_grad
-from tip_kernels.learn.divergences import Divergence
-from tip_kernels.learn.gradient_sweep import CrossEntropy, GradientSweep
-from tip_kernels.learn.objective import GradOptions
-from tip_kernels.learn.sweep import RowSweep
+from tip_kernels._checks import expect, refuse
+from tip_kernels.learn import divergences as family
+from tip_kernels.learn.divergences import Divergence, Term
+from tip_kernels.learn.gradient_sweep import (
+    CrossEntropy,
+    GradientSweep,
+    GradOptions,
+    Objective,
+    RowsToLearn,
+    RowSweep,
+    differentiated,
+)
 from tip_kernels.measure.ops import is_constant, refuse_backward
 from tip_kernels.sources.packing import packed, unpacked
 from tip_kernels.sources.pair import Pair
 from tip_kernels.stats import NORMALIZER_FIELDS
 
-SUMS = {  # what a two-pass sweep gives, in order
-    "jsd": ("kl_s", "kl_t"),
-    "skew_forward_kl": ("value", "mean_share"),
-    "skew_reverse_kl": ("value", "mean_share"),
-    "tvd": ("value", "mean_sign"),
-    "todi": ("value", "sum_g"),
+KNOWN = {
+    kind.kernel: kind for kind in vars(family).values() if isinstance(kind, type) and getattr(kind, "kernel", None)
 }
 
 
-def _terms(terms: Sequence[row_grad.Term]) -> tuple[str, list[float]]:
+def _terms(terms: Sequence[tuple[float, Divergence]]) -> tuple[str, list[float]]:
     """("NAME:COUNT ...", the weight and COUNT parameters of each term, one after the other)."""
-    numbers: list[float] = []
-    for term in terms:
-        numbers += [float(term.weight), *map(float, term.params)]
-    return " ".join([f"{term.name}:{len(term.params)}" for term in terms]), numbers
+    names, numbers = [], []
+    for weight, divergence in terms:
+        if divergence.kernel not in KNOWN:
+            refuse(
+                "divergence", "one of tip_kernels' under torch.compile, whose ops hold names and numbers", divergence
+            )
+        names.append(f"{divergence.kernel}:{len(divergence.params)}")
+        numbers += [float(weight), *map(float, divergence.params)]
+    return " ".join(names), numbers
 
 
-def _terms_of(names: str, numbers: Sequence[float]) -> list[row_grad.Term]:
+def _terms_of(names: str, numbers: Sequence[float]) -> list[tuple[float, Divergence]]:
     terms, numbers = [], list(numbers)
     for entry in names.split():
         name, count = entry.split(":")
         weight, *params = numbers[: 1 + int(count)]
         del numbers[: 1 + int(count)]
-        terms.append(row_grad.Term(weight, name, tuple(params), {}))
+        terms.append((weight, KNOWN[name].of_params(*params)))
     return terms
 
 
@@ -66,22 +73,19 @@ def _sweep_of(rows: dict[str, Tensor], temperature: float, workspace: int, backe
     return RowSweep(rows["ids"], normalizers, rows.get("temperature", temperature), workspace, backend)
 
 
-def row_sums(sweep: RowSweep, pair: Pair, divergences: list[Divergence]) -> dict[Divergence, dict[str, Tensor]]:
-    """The row sums of two-pass divergences, each {name: (S,)}, by one sweep; nothing is swept without any.
+def differentiable(pair: Pair, objective: Objective, rows: RowsToLearn, options: GradOptions) -> Tensor:
+    """The (S,) loss of rows whose statistics are known, with its backward attached, in a graph of torch.compile."""
+    return attach_gradient(*differentiated(pair, objective, rows, options, swept_sums), pair)
 
-    In a graph of torch.compile the sweep is one op.
-    """
-    if not divergences:
-        return {}
-    terms = [row_grad.Term(1.0, term.gradient, term.params, {}) for term in divergences]
-    if not torch.compiler.is_compiling():
-        return dict(zip(divergences, sweep.sums_of(pair, terms), strict=True))
+
+def swept_sums(sweep: RowSweep, pair: Pair, divergences: list[Divergence]) -> list[dict[str, Tensor]]:
+    """The row sums of two-pass divergences, each {name: (S,)}, by one sweep that is one op."""
     rows, temperature = _sweep_rows(sweep)
-    arguments = (list(rows.values()), " ".join(rows), temperature, *_terms(terms), sweep.workspace, sweep.backend)
+    terms = _terms([(1.0, divergence) for divergence in divergences])
+    arguments = (list(rows.values()), " ".join(rows), temperature, *terms, sweep.workspace, sweep.backend)
     with torch.no_grad():
-        sums = _sweep_sums(*packed(pair), *arguments)
-    named = [{name: sums[2 * i + j] for j, name in enumerate(SUMS[term.name])} for i, term in enumerate(terms)]
-    return dict(zip(divergences, named, strict=True))
+        sums = iter(_sweep_sums(*packed(pair), *arguments).unbind(0))
+    return [{name: next(sums) for name in divergence.sums} for divergence in divergences]
 
 
 @torch.library.custom_op("tip_kernels::sweep_sums", mutates_args=())
@@ -100,17 +104,20 @@ def _sweep_sums(
     workspace: int,
     backend: str,
 ) -> Tensor:
-    """(2 terms, S) fp32, in the order of SUMS."""
+    """(sums of all terms, S) fp32, in the order of Divergence.sums."""
     pair = unpacked(student, teacher, head_numbers, vocab, dtype_s, dtype_t)
     sweep = _sweep_of(dict(zip(row_names.split(), rows, strict=True)), temperature, workspace, backend)
-    asked = _terms_of(terms, numbers)
-    sums = sweep.sums_of(pair, asked)
-    return torch.stack([sums[i][name] for i, term in enumerate(asked) for name in SUMS[term.name]])
+    divergences = [divergence for _, divergence in _terms_of(terms, numbers)]
+    sums = sweep.sums_of(pair, divergences)
+    return torch.stack(
+        [named[name] for named, divergence in zip(sums, divergences, strict=True) for name in divergence.sums]
+    )
 
 
 @_sweep_sums.register_fake
 def _(student, teacher, head_numbers, vocab, dtype_s, dtype_t, rows, row_names, temperature, terms, *rest):
-    return rows[0].new_empty(2 * len(terms.split()), rows[0].shape[0], dtype=torch.float32)
+    n_sums = sum(len(KNOWN[entry.split(":")[0]].sums) for entry in terms.split())
+    return rows[0].new_empty(n_sums, rows[0].shape[0], dtype=torch.float32)
 
 
 def attach_gradient(values: Tensor, gradient: GradientSweep, pair: Pair) -> Tensor:
@@ -128,7 +135,8 @@ def attach_gradient(values: Tensor, gradient: GradientSweep, pair: Pair) -> Tens
         rows |= {f"{i}.{name}": value for name, value in term.rows.items()}
     return _attach_gradient(
         values, *packed(pair), list(rows.values()), " ".join(rows), temperature,
-        *_terms(gradient.terms), 0.0 if ce is None else ce.weight, gradient.clipped, sweep.workspace, sweep.backend,
+        *_terms([term[:2] for term in gradient.terms]), 0.0 if ce is None else ce.weight, gradient.clipped,
+        sweep.workspace, sweep.backend,
     )  # fmt: skip
 
 
@@ -189,7 +197,7 @@ def _sweep_gradient(
     gradient = GradientSweep(
         _sweep_of(rows, temperature, workspace, backend),
         GradOptions(workspace),
-        [term._replace(rows=part(f"{i}.")) for i, term in enumerate(_terms_of(terms, numbers))],
+        [Term(*term, part(f"{i}.")) for i, term in enumerate(_terms_of(terms, numbers))],
         rows["factor"],
         rows["finite"],
         rows.get("labels"),

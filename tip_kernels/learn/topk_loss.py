@@ -12,17 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tip_kernels.backends.choice import backend_for
-from tip_kernels.backends.eager import row_grad
-from tip_kernels.learn.autograd import with_gradient
-from tip_kernels.learn.dense_loss import differentiated
-from tip_kernels.learn.gradient_sweep import LeafSweep
-from tip_kernels.learn.objective import GradOptions, Objective, RowsToLearn
-from tip_kernels.learn.sweep import RowSweep
-from tip_kernels.measure.ops import measure
+from tip_kernels.learn import ops
+from tip_kernels.learn.divergences import exp, log_probabilities
+from tip_kernels.learn.gradient_sweep import (
+    GradOptions,
+    LeafSweep,
+    Objective,
+    RowsToLearn,
+    RowSweep,
+    differentiated,
+    swept_sums,
+    with_gradient,
+)
+from tip_kernels.measure import ops as measure_ops
+from tip_kernels.measure import sweep as measuring
 from tip_kernels.measure.topk_teacher import add_columns, hide_columns, partial_divergence, student_outcomes
-from tip_kernels.sources.logits import LogitRows, Rows
-from tip_kernels.sources.pair import Pair
+from tip_kernels.sources.pair import LogitRows, Pair, Rows
 from tip_kernels.stats import IGNORE_LABEL
 
 
@@ -36,7 +41,7 @@ def outcome_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: G
         logits = torch.cat([logits, torch.where(labels == IGNORE_LABEL, 0.0, label_logit).unsqueeze(1)], 1)
     rest = {"shift_rest": measured["shift_rest"]}
     rest["logsum_rest"] = measured["logsum_rest"].nan_to_num(nan=torch.nan, neginf=0.0)
-    sweep = RowSweep(rows.ids, rest, 1.0, options.workspace, backend_for(pair.device))
+    sweep = RowSweep(rows.ids, rest, 1.0, options.workspace, pair.backend)
     logits = with_gradient(logits, OutcomeSweep(sweep, options, topk.ids[rows.ids], labels), pair)
 
     n_outcomes = topk.ids.shape[1] + 1
@@ -45,11 +50,14 @@ def outcome_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: G
     invalid = (y.isnan() | lp_t.isnan().any(1, keepdim=True)).any(1)
     y, lp_t = [x.masked_fill(invalid.unsqueeze(1), 0.0) for x in (y, lp_t)]  # no NaN meets the 0 of its gradient
     if topk.tail == "ignore":
-        loss = sum([weight * partial_divergence(term.gradient, y, lp_t) for weight, term in divergence.terms])
+        loss = sum([weight * partial_divergence(term.kernel, y, lp_t) for weight, term in divergence.terms])
         loss = loss if divergence.max_per_row is None else loss.clamp(max=divergence.max_per_row)
     else:
         loss = _whole(Pair(LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)), Objective(divergence), options)
-    loss = torch.zeros_like(loss) if objective.divergence_weight_is_zero else loss * objective.factor(rows.ids)
+    if objective.divergence_weight_is_zero:
+        loss = torch.zeros_like(loss)
+    else:
+        loss = loss * objective.factor(rows.ids, loss.detach())
     if rows.at_one is not None:
         cross_entropy = y.logsumexp(1) - logits[:, n_outcomes]
         loss = loss + objective.ce_weight * torch.where(labels == IGNORE_LABEL, 0.0, cross_entropy)
@@ -59,8 +67,11 @@ def outcome_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: G
 def _whole(outcomes: Pair, objective: Objective, options: GradOptions) -> Tensor:
     """The loss of every row of a pair of outcomes' logits, differentiable in the student's."""
     every = torch.arange(outcomes.n_rows, device=outcomes.device)
+    compiling = torch.compiler.is_compiling()
+    measure = measure_ops.measure if compiling else measuring.measure
     measured = measure(outcomes, objective.divergence.needs, workspace=options.workspace)
-    loss, sweep = differentiated(outcomes, objective, RowsToLearn(every, measured), GradOptions(options.workspace))
+    rows, sums_of = RowsToLearn(every, measured), ops.swept_sums if compiling else swept_sums
+    loss, sweep = differentiated(outcomes, objective, rows, GradOptions(options.workspace), sums_of)
     return with_gradient(loss, sweep, outcomes)
 
 
@@ -89,7 +100,7 @@ class OutcomeSweep(LeafSweep):
         slope = None if student.softcap is None else 1 - (tile / student.softcap).square_()
         hide_columns(tile, topk_ids, v0)
         rest = self.sweep.columns_at(part)
-        g = row_grad.exp(row_grad.log_probabilities(tile, rest["shift_rest"], rest["logsum_rest"]))
+        g = exp(log_probabilities(tile, rest["shift_rest"], rest["logsum_rest"]))
         g.mul_(up[:, k : k + 1])
         add_columns(g, topk_ids, v0, up[:, :k])
         if self.labels is not None:

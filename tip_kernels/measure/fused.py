@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tip_kernels.measure.accumulators import label_field
-from tip_kernels.sources.head import HeadRows
-from tip_kernels.sources.logits import LogitRows, Rows
-from tip_kernels.sources.pair import Pair
+from tip_kernels.backends.eager.online import label_field
+from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows
 from tip_kernels.stats import MARGIN_FIELDS, TOP_FIELDS, Blend, Fields, blends_of
 
 

@@ -14,13 +14,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import row_temperature
 from tip_kernels.measure import sweep
 from tip_kernels.sources.packing import packed, unpacked
-from tip_kernels.sources.pair import Pair
+from tip_kernels.sources.pair import Pair, row_temperature
 from tip_kernels.stats import NORMALIZER_FIELDS, TOP_FIELDS, Blend, Fields, check_label_range
-
-NO_DOUBLE_BACKWARD = "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
 
 
 def measure(
@@ -34,8 +31,8 @@ def measure(
     workspace: int,
     record: list[Tensor | None] | None = None,
 ) -> Fields:
-    """`sweep.measure`, in a graph of torch.compile as one op."""
-    if not torch.compiler.is_compiling() or pair.topk is not None:
+    """`sweep.measure` in a graph of torch.compile: one op, but beside a TopK."""
+    if pair.topk is not None:
         return sweep.measure(
             pair, want, rows=rows, labels=labels, temperature=temperature, top_k=top_k, workspace=workspace,
             record=record,
@@ -98,7 +95,7 @@ def is_constant(ctx, inputs, output) -> None:
 
 
 def refuse_backward(ctx, *upstream) -> NoReturn:
-    raise RuntimeError(NO_DOUBLE_BACKWARD)
+    raise RuntimeError(sweep.NO_DOUBLE_BACKWARD)
 
 
 _measure.register_autograd(refuse_backward, setup_context=is_constant)

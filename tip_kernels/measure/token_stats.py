@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tip_kernels._checks import flag
-from tip_kernels.measure.ops import measure
-from tip_kernels.sources.head import Head
-from tip_kernels.sources.pair import Pair, Request
+from tip_kernels.measure import ops, sweep
+from tip_kernels.sources.pair import Head, Request
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import (
     LABEL_FIELDS,
@@ -16,7 +16,6 @@ from tip_kernels.stats import (
     TEACHER_FIELDS,
     TOP_FIELDS,
     Blend,
-    Fields,
     TokenStats,
 )
 
@@ -70,30 +69,14 @@ def token_stats(
         (LABEL_FIELDS, labels is not None),
     ):
         want = want | fields if wanted else want
+    measure = ops.measure if torch.compiler.is_compiling() else sweep.measure
     measured = measure(
         request.pair, want, labels=request.labels, temperature=request.temperature, top_k=top_k,
         workspace=request.workspace,
     )  # fmt: skip
-    return stats_record(measured, request.pair, request.temperature, request.labels, top_k)
-
-
-def stats_record(
-    measured: Fields,
-    pair: Pair,
-    temperature: float | Tensor,
-    labels: Tensor | None = None,
-    top_k: int = 0,
-    *,
-    partial: bool = False,
-) -> TokenStats:
-    """A TokenStats from measured (N,) tensors of a pair."""
+    pair = request.pair
     return TokenStats(
-        _measured=measured,
-        _temperature=temperature,
-        _vocab=pair.vocab,
-        _batch_shape=pair.student.batch_shape,
-        _labels=labels,
-        _top_k=top_k,
+        _measured=measured, _temperature=request.temperature, _vocab=pair.vocab,
+        _batch_shape=pair.student.batch_shape, _labels=request.labels, _top_k=top_k,
         _topk_ids=None if pair.topk is None else pair.topk.ids,
-        _partial=partial,
-    )
+    )  # fmt: skip

@@ -131,7 +131,7 @@ def costs(
     workspace_mib                      as `distill` takes it
     weight_bytes                       of an entry of the student's head
     """
-    from tip_kernels.workspace import divided, stash_slots
+    from tip_kernels.distillation.one_sweep import divided, stash_slots
 
     n, rho = float(tokens), keep
     kept, kind, workspace = max(1, int(keep * tokens)), device.kind, int(workspace_mib * 2**20)

@@ -21,8 +21,9 @@ import torch
 
 from tip_kernels.backends.eager.online import Fold
 from tip_kernels.learn.divergences import ReverseKL
-from tip_kernels.select.tip import SoftOr, TopEntropy
-from tip_kernels.workspace import PART, tile_shape
+from tip_kernels.select.rule import SoftOr
+from tip_kernels.select.tip import TopEntropy
+from tip_kernels.sources.pair import PART, tile_shape
 
 
 @dataclass(frozen=True)

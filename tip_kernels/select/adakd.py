@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels.distributed import collectives
-from tip_kernels.select.ranking import run_starts
-from tip_kernels.select.rule import Kept, QuotaRule, layout, rollout_of_rows, statistic, unmasked
+from tip_kernels.select.rule import Kept, QuotaRule, layout, rollout_of_rows, run_starts, statistic, unmasked
 from tip_kernels.stats import TokenStats
 
 

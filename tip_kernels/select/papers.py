@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
-from tip_kernels.select.ranking import quantile
-from tip_kernels.select.rule import QuotaRule, Rule, check_statistic
+from tip_kernels.select.rule import QuotaRule, Rule, check_statistic, quantile
 from tip_kernels.select.tip import TopDivergence
 
 

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, flat_rows, is_int
+from tip_kernels._checks import expect, flat_rows, is_int, refuse
 from tip_kernels.distributed import collectives
-from tip_kernels.select.ranking import best_of_groups, quantile
 from tip_kernels.stats import STATISTICS, TokenStats, how_to_measure
 
 if TYPE_CHECKING:
@@ -225,15 +224,18 @@ class QuotaRule(Rule):
     group: ProcessGroup | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self):
-        ok = self.keep >= 1 if is_int(self.keep) else isinstance(self.keep, float) and 0 < self.keep <= 1
-        expect(ok, "keep", "a fraction in (0, 1] as a float, or an int of at least 1", self.keep)
-        expect(self.scope in ("rollout", "batch", "global"), "scope", "'rollout', 'batch' or 'global'", self.scope)
-        expect(is_int(self.min_rows) and self.min_rows >= 0, "min_rows", "an int of at least 0", self.min_rows)
+        keep, min_rows = self.keep, self.min_rows
+        ok = keep >= 1 if isinstance(keep, int) else isinstance(keep, float) and 0 < keep <= 1
+        if not ok or isinstance(keep, bool):
+            refuse("keep", "a fraction in (0, 1] as a float, or an int of at least 1", keep)
+        if self.scope not in ("rollout", "batch", "global"):
+            refuse("scope", "'rollout', 'batch' or 'global'", self.scope)
+        if not isinstance(min_rows, int) or isinstance(min_rows, bool) or min_rows < 0:
+            refuse("min_rows", "an int of at least 0", min_rows)
         if self.group is not None:
             expect(self.scope == "global", "group", f"None with scope {self.scope!r}", self.group)
-            expect(
-                collectives.is_group(self.group), "group", "a process group that this rank is in, or None", self.group
-            )
+            ok = collectives.is_group(self.group)
+            expect(ok, "group", "a process group that this rank is in, or None", self.group)
 
     @property
     def fills_quota(self) -> bool:
@@ -257,13 +259,13 @@ class QuotaRule(Rule):
         return collectives.broadcast(noise, self.group) if self.scope == "global" else noise
 
     def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
-        if self.scope == "global" and not is_int(self.keep):  # one rank may have all the best rows
+        if self.scope == "global" and not isinstance(self.keep, int):  # one rank may have all the best rows
             return n_rows
         if self.scope == "batch":
             n_groups = 1
         elif n_groups is None:
             n_groups = n_rows
-        if is_int(self.keep):
+        if isinstance(self.keep, int):
             return min(n_rows, n_groups * max(self.keep, self.min_rows))
         # A group of m rows keeps at most min_rows + keep (m - min_rows) + 1e-6: summed, and 1e-6 for the rounding here.
         bound = self.keep * n_rows + (1 - self.keep) * self.min_rows * n_groups + 1e-6 * (n_groups + 1)
@@ -284,6 +286,45 @@ class QuotaRule(Rule):
 def spans_ranks(rule: Rule | None) -> bool:
     """Whether the rule ranks the rows of other ranks, too."""
     return isinstance(rule, QuotaRule) and rule.scope == "global"
+
+
+@dataclass(frozen=True)
+class SoftOr(QuotaRule):
+    """Keeps rows that are uncertain or wrong: score = h + d - h d = 1 - (1-h)(1-d), h of entropy_s and d of kl_rev.
+
+    kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
+
+    Args:
+        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
+        normalize: How h and d are brought to [0, 1] over the population of the batch.
+            "rank": (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one axis
+            leaves the other rows' ranks as they were.
+            "minmax": the paper's; entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
+            values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d.
+        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
+        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
+        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
+
+    Raises:
+        ValueError: Naming the argument, for any other value.
+    """
+
+    needs = frozenset({"entropy_s", "kl_rev"})
+    normalize: str = "rank"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.normalize not in ("rank", "minmax"):
+            refuse("normalize", "'rank' or 'minmax'", self.normalize)
+
+    def _scores(self, values, population):
+        if self.normalize == "rank":
+            h, d = (share_below(values[name], population) for name in ("entropy_s", "kl_rev"))
+        else:
+            h, d = clipped_entropy(values, population), min_max(values["kl_rev"], population)
+        low, high = torch.minimum(h, d), torch.maximum(h, d)
+        # Symmetric in h and d, accurate near 0, and rounded only here: rows that tie on paper tie in fp32.
+        return (high + low * (1 - high)).float()
 
 
 @dataclass(frozen=True)
@@ -317,12 +358,15 @@ class RandomRows(QuotaRule):
 
 def layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int, ...], torch.device]:
     """(N,) or (B, T), and the device of the statistics, or of the mask where nothing was measured."""
-    expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
-    measured = [value for name in STATISTICS if (value := stats._get(name)) is not None]
-    if not measured and stats._batch_shape and isinstance(row_mask, Tensor):
-        return stats._batch_shape, row_mask.device
-    expect(bool(measured), "stats", "at least one measured statistic", stats)
-    return stats._batch_shape or (measured[0].numel(),), measured[0].device
+    if not isinstance(stats, TokenStats):
+        refuse("stats", "TokenStats, as token_stats returns them", stats)
+    shape = stats._batch_shape
+    for name, value in stats._measured.items():
+        if name in STATISTICS:
+            return shape or (value.numel(),), value.device
+    if not shape or not isinstance(row_mask, Tensor):
+        refuse("stats", "at least one measured statistic", stats)
+    return shape, row_mask.device
 
 
 def unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -341,10 +385,16 @@ def rollout_of_rows(rollout_ids: Tensor | None, shape: tuple[int, ...], device: 
 
 def statistic(stats: TokenStats, name: str, reader: str) -> Tensor:
     """(N,) fp32."""
-    value = stats._get(name)
+    value = stats._measured.get(name)
     if value is None:
         raise ValueError(f"stats: {reader} reads {name}, which was not measured: {how_to_measure(name)} in token_stats")
     return value.detach().float()
+
+
+def clipped_entropy(values: dict[str, Tensor], population: Tensor) -> Tensor:
+    """The paper's h: entropy_s clipped at its 0.98 quantile, then min-max, (N,) float64."""
+    entropy = values["entropy_s"].double()
+    return min_max(entropy.minimum(quantile(entropy, population, 0.98)), population)
 
 
 def cut_at(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
@@ -370,3 +420,76 @@ def check_generator(generator: object, device: torch.device | None = None) -> No
     expect(ok, "generator", "a torch.Generator or None", generator)
     if device is not None and generator is not None:
         expect(generator.device.type == device.type, "generator", f"a torch.Generator on {device}", generator)
+
+
+# ---- ranking N rows without a host synchronisation
+#
+# Sets of rows are (N,) bool masks, never index lists, so that every shape is known to the host. N is at least 1; values
+# of rows outside the set may be anything. What is derived from counts is float64: N numbers cost nothing.
+
+
+def quantile(x: Tensor, rows: Tensor, q: float) -> Tensor:
+    """The q-quantile of x over rows, linear between order statistics: () float64; +inf where there are no rows."""
+    ordered = torch.where(rows, x, torch.inf).double().sort().values
+    position = (q * (rows.sum().double() - 1)).clamp(min=0)
+    lower, upper = position.floor(), position.ceil()
+    # take, because indexing with a () tensor reads it on the host.
+    below, above = ordered.take(lower.long()), ordered.take(upper.long())
+    part = position - lower
+    return torch.where(below == above, below, (1 - part) * below + part * above)
+
+
+def min_max(x: Tensor, rows: Tensor) -> Tensor:
+    """(x - min) / (max - min) over the finite values of rows, (N,) float64; +inf is 1 and a range of zero gives 0."""
+    x = x.double()
+    finite = rows & x.isfinite()
+    low = torch.where(finite, x, torch.inf).amin()
+    width = torch.where(finite, x, -torch.inf).amax() - low
+    return torch.where(x.isposinf(), 1.0, torch.where(width > 0, (x - low) / width, 0.0))
+
+
+def share_below(x: Tensor, rows: Tensor) -> Tensor:
+    """(number of rows strictly lower) / (n - 1) among the n rows, (N,) float64; n = 1 gives 1."""
+    ordered, order = torch.where(rows, x, torch.inf).sort()
+    below = torch.empty_like(order).scatter_(0, order, run_starts(ordered))
+    n = rows.sum()
+    return torch.where(n > 1, below.double() / (n - 1), 1.0)
+
+
+def best_of_groups(
+    scores: Tensor, eligible: Tensor, population: Tensor, group: Tensor, keep: float | int, min_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The quota of every group, filled with its best eligible rows; a tie goes to the earlier row.
+
+        quota = min(m, max(min_rows, floor(keep m + 1e-6))), or min(m, max(min_rows, keep)) for an int keep
+
+    where m is the population of the group.
+
+    scores                (N,) float
+    eligible, population  (N,) bool, the first within the second
+    group                 (N,) int64, any values
+
+    Returns mask (N,) bool and runner_up (N,): the best score left out in the row's group, -inf where none was.
+    """
+    n_rows = scores.numel()
+    order = scores.argsort(descending=True, stable=True)
+    order = order[(~eligible[order]).argsort(stable=True)]
+    order = order[group[order].argsort(stable=True)]  # group by group, eligible rows first, best first
+
+    start = run_starts(group[order])
+    m = torch.zeros_like(start).scatter_add_(0, start, population[order].long()).take(start)
+    wanted = m.clamp(max=min(keep, n_rows)) if isinstance(keep, int) else (m.double() * keep + 1e-6).floor().long()
+    quota = wanted.clamp(min=min(min_rows, n_rows)).minimum(m)
+
+    kept = (torch.arange(n_rows, device=scores.device) - start < quota) & eligible[order]
+    next_best = torch.where(eligible, scores, -torch.inf)[order].take((start + quota).clamp(max=n_rows - 1))
+    next_best = torch.where(quota < m, next_best, -torch.inf)
+    return torch.empty_like(kept).scatter_(0, order, kept), torch.empty_like(next_best).scatter_(0, order, next_best)
+
+
+def run_starts(ordered: Tensor) -> Tensor:
+    """For every position of an ordered (N,) tensor, the position at which its run of equal values starts."""
+    position = torch.arange(ordered.numel(), device=ordered.device)
+    same = torch.zeros_like(position, dtype=torch.bool)
+    same[1:] = ordered[1:] == ordered[:-1]
+    return torch.where(same, 0, position).cummax(0).values

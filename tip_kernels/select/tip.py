@@ -1,4 +1,4 @@
-"""SELECT: the rules of TIP, Token Importance in on-Policy distillation (arXiv 2604.14084).
+"""SELECT: the rules of TIP, Token Importance in on-Policy distillation (arXiv 2604.14084), beside SoftOr.
 
 R-numbers are those of reference/README.md.
 """
@@ -8,11 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number
-from tip_kernels.select.ranking import min_max, quantile, share_below
-from tip_kernels.select.rule import Cut, QuotaRule, check_cut, check_generator, check_statistic, cut_at
+from tip_kernels.select.rule import (
+    Cut,
+    QuotaRule,
+    check_cut,
+    check_generator,
+    check_statistic,
+    clipped_entropy,
+    cut_at,
+)
 
 
 @dataclass(frozen=True)
@@ -60,44 +66,6 @@ class TopDivergence(QuotaRule):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({self.by})
-
-
-@dataclass(frozen=True)
-class SoftOr(QuotaRule):
-    """Keeps rows that are uncertain or wrong: score = h + d - h d = 1 - (1-h)(1-d), h of entropy_s and d of kl_rev.
-
-    kl_rev = KL(student || teacher). Source: the TIP rule (arXiv 2604.14084); R32.
-
-    Args:
-        keep: Fraction in (0, 1] of each group's population, a float; or an int of at least 1, its row budget.
-        normalize: How h and d are brought to [0, 1] over the population of the batch.
-            "rank": (rows strictly lower) / (n - 1), ties share it; n = 1 gives 1. The default: an outlier of one axis
-            leaves the other rows' ranks as they were.
-            "minmax": the paper's; entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
-            values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d.
-        scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
-        min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
-        group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
-
-    Raises:
-        ValueError: Naming the argument, for any other value.
-    """
-
-    needs = frozenset({"entropy_s", "kl_rev"})
-    normalize: str = "rank"
-
-    def __post_init__(self):
-        super().__post_init__()
-        expect(self.normalize in ("rank", "minmax"), "normalize", "'rank' or 'minmax'", self.normalize)
-
-    def _scores(self, values, population):
-        if self.normalize == "rank":
-            h, d = (share_below(values[name], population) for name in ("entropy_s", "kl_rev"))
-        else:
-            h, d = clipped_entropy(values, population), min_max(values["kl_rev"], population)
-        low, high = torch.minimum(h, d), torch.maximum(h, d)
-        # Symmetric in h and d, accurate near 0, and rounded only here: rows that tie on paper tie in fp32.
-        return (high + low * (1 - high)).float()
 
 
 @dataclass(frozen=True)
@@ -221,9 +189,3 @@ class SampleEntropy(QuotaRule):
             return None
         inclusion = -torch.expm1(-torch.exp(self._log_weights(values, population) - runner_up))
         return torch.where(mask, 1 / inclusion, 0.0).float()
-
-
-def clipped_entropy(values: dict[str, Tensor], population: Tensor) -> Tensor:
-    """The paper's h: entropy_s clipped at its 0.98 quantile, then min-max, (N,) float64."""
-    entropy = values["entropy_s"].double()
-    return min_max(entropy.minimum(quantile(entropy, population, 0.98)), population)

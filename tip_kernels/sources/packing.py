@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tip_kernels.sources.head import Head, HeadRows
-from tip_kernels.sources.logits import LogitRows, Rows
-from tip_kernels.sources.pair import Pair
+from tip_kernels.sources.pair import Head, HeadRows, LogitRows, Pair, Rows
 
 
 def packed(pair: Pair) -> tuple[object, ...]:

@@ -96,6 +96,24 @@ class Fold:
         return state
 
 
+class EagerMoments:
+    """The accumulator of a block of rows: its tiles, folded."""
+
+    def __init__(self, fold: Fold, temperature: float | Tensor) -> None:
+        self.fold, self.temperature, self.unit = fold, temperature, 1 / (NATS * temperature)
+        self.parts: list[State] = []
+
+    def add(self, tiles: list[Tensor], v0: int, scratch: list[Tensor]) -> None:
+        unit = self.unit.unsqueeze(1) if isinstance(self.unit, Tensor) else self.unit
+        self.parts.append(self.fold(tiles[0], tiles[1] if len(tiles) == 2 else None, unit, scratch))
+
+    def state(self) -> State:
+        return merge(self.parts, self.unit)
+
+    def finish(self, states: list[State], fields: dict) -> dict:
+        return finish(merge(states, self.unit), self.temperature)
+
+
 def _fold_blend(
     blend: Blend, w_s: Tensor, w_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
 ) -> State:
@@ -183,3 +201,9 @@ def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tenso
             value = torch.where(state[flag] > 0, torch.inf, value) if power < 0 else value
         out[blend] = torch.where(torch.isnan(logs), torch.nan, value)
     return out
+
+
+def label_field(model: str, z: Tensor, temperature: float | Tensor, out: dict) -> dict:
+    """The log-probability of a label from its logit z (R,) at temperature 1, NaN for none."""
+    logp = (z / temperature - out[f"shift_{model}"]) - out[f"logsum_{model}"]
+    return {f"logp_{model}": torch.where(z <= FLOOR, -torch.inf, logp) + 0.0 * out[f"logsum_{model}"]}
