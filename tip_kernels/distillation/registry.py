@@ -6,19 +6,30 @@ Listing the names, as a --help does, loads nothing of the package.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import tip_kernels as tip
+if TYPE_CHECKING:
+    from tip_kernels.learn.divergences import Divergence
+    from tip_kernels.select.rule import Rule
+
+
+def _rule(name: str, *args: object, **kwargs: object) -> Rule:
+    from tip_kernels.select import adakd, rule, tip
+
+    (kind,) = {getattr(room, name) for room in (rule, tip, adakd) if hasattr(room, name)}
+    return kind(*args, **kwargs)
+
 
 RULES = {
-    "all": lambda keep, generator: tip.KeepAll(),
-    "entropy": lambda keep, generator: tip.TopEntropy(keep),
-    "sample_entropy": lambda keep, generator: tip.SampleEntropy(keep, generator=generator),
-    "soft_or": lambda keep, generator: tip.SoftOr(keep),
-    "soft_or_minmax": lambda keep, generator: tip.SoftOr(keep, normalize="minmax"),
-    "overconfident": lambda keep, generator: tip.Overconfident(keep),
-    "divergence": lambda keep, generator: tip.TopDivergence(keep),
-    "hellinger": lambda keep, generator: tip.TopHellinger(keep),
-    "random": lambda keep, generator: tip.RandomRows(keep, generator=generator),
+    "all": lambda keep, generator: _rule("KeepAll"),
+    "entropy": lambda keep, generator: _rule("TopEntropy", keep),
+    "sample_entropy": lambda keep, generator: _rule("SampleEntropy", keep, generator=generator),
+    "soft_or": lambda keep, generator: _rule("SoftOr", keep),
+    "soft_or_minmax": lambda keep, generator: _rule("SoftOr", keep, normalize="minmax"),
+    "overconfident": lambda keep, generator: _rule("Overconfident", keep),
+    "divergence": lambda keep, generator: _rule("TopDivergence", keep),
+    "hellinger": lambda keep, generator: _rule("TopHellinger", keep),
+    "random": lambda keep, generator: _rule("RandomRows", keep, generator=generator),
 }
 DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` does not say others
     "reverse_kl": ("ReverseKL", ()),
@@ -36,7 +47,7 @@ DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` do
 }
 
 
-def divergence_of(text: str) -> tip.Divergence:
+def divergence_of(text: str) -> Divergence:
     """The divergence called "jsd", or with parameters "jsd:0.1".
 
     Args:
@@ -60,7 +71,9 @@ def divergence_of(text: str) -> tip.Divergence:
             form = ":" + ",".join(["NUMBER"] * count) if count else ""
             raise ValueError(f"expected {name}{form}, got {text!r}")
         parameters = given
-    return getattr(tip, kind)(*parameters)
+    from tip_kernels.learn import divergences
+
+    return getattr(divergences, kind)(*parameters)
 
 
 def keep_of(value: str | float) -> float | int:

@@ -217,12 +217,8 @@ class JSD(Divergence):
 
     def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
         """(1 - w) p_s (log(p_s / M) - KL(s||M))"""
-        return (
-            log_s_over_mixture(lp_s, lp_t, self.teacher_weight)
-            .sub_(rows["kl_s"])
-            .mul_(exp(lp_s))
-            .mul_(1 - self.teacher_weight)
-        )
+        w = self.teacher_weight
+        return log_s_over_mixture(lp_s, lp_t, w).sub_(rows["kl_s"]).mul_(exp(lp_s)).mul_(1 - w)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, refuse
+from tip_kernels._checks import expect
 from tip_kernels.learn import divergences as family
 from tip_kernels.learn.divergences import Divergence, Term
 from tip_kernels.learn.gradient_sweep import (
@@ -42,8 +42,9 @@ def _terms(terms: Sequence[tuple[float, Divergence]]) -> tuple[str, list[float]]
     names, numbers = [], []
     for weight, divergence in terms:
         if divergence.kernel not in KNOWN:
-            refuse(
-                "divergence", "one of tip_kernels' under torch.compile, whose ops hold names and numbers", divergence
+            raise ValueError(
+                "divergence: expected one of tip_kernels' under torch.compile, whose ops hold names and numbers, got "
+                f"{type(divergence).__name__}, made elsewhere"
             )
         names.append(f"{divergence.kernel}:{len(divergence.params)}")
         numbers += [float(weight), *map(float, divergence.params)]
