@@ -598,6 +598,90 @@ def a_step_of_the_main_job_is_that_of_one_process_on_all_rollouts(group):
         torch.nn.parallel.DistributedDataParallel = ddp
 
 
+@check(2)
+def a_step_in_micro_batches_on_all_ranks_is_one_big_batch(group):
+    """Of a different number on each rank; the rows to the bit, the gradient to 1e-6, a quota for every rollout."""
+    n, rank = 40, dist.get_rank(group)
+    student, teacher = head_case(n, 50, 8, seed=30).leaves().head, head_case(n, 50, 8, seed=31).head
+    mask, ids = torch.arange(n) % 4 != 1, torch.arange(n) // 5
+    rules = {
+        "SoftOr": lambda **where: {"select": tip.SoftOr(0.4, **where)},
+        "Overconfident": lambda **where: {"select": tip.Overconfident(0.4, **where)},
+        "AdaKD": lambda **where: adakd_choice(**where),
+    }
+
+    def adakd_choice(scope, group=None, median_of="kept"):
+        median = "batch" if scope == "rollout" else "global"
+        how = {"scope": scope, "median_scope": median, "median_of": median_of, "group": group}
+        choice = tip.adakd(0.6, row_mask=mask, rollout_ids=ids, **how)
+        return {name: choice[name] for name in ("select", "temperature", "temperature_sq")}
+
+    mine = list(range(0, 25)) if rank == 0 else list(range(25, n))
+    sizes = [7, 18] if rank == 0 else [4, 1, 10]
+    for name, rule in rules.items():
+        student.hidden.grad = student.weight.grad = None
+        one = tip.distill(student, teacher, row_mask=mask, rollout_ids=ids, **rule(scope="rollout"))
+        one.loss.backward()
+        step = tip.StepSelection(**rule(scope="global", group=group))
+        hidden, weight = leaf(student.hidden), leaf(student.weight)
+        rows = [torch.tensor(mine[sum(sizes[:i]) :][:size]) for i, size in enumerate(sizes)]
+
+        def heads(at, hidden=hidden, weight=weight):
+            return tip.Head(hidden[at], weight), tip.Head(teacher.hidden[at], teacher.weight)
+
+        for at in rows:
+            step.measure(*heads(at), row_mask=mask[at], rollout_ids=ids[at])
+        total = torch.zeros(())
+        for at, part in zip(rows, step.parts(), strict=True):
+            out = tip.distill(*heads(at), **part)
+            assert torch.equal(out.kept.mask, one.kept.mask[at]), name
+            out.loss.backward()
+            total += out.loss.detach()
+        dist.all_reduce(total, group=group)
+        close(name, total, one.loss.detach())
+        dist.all_reduce(weight.grad, group=group)
+        dist.all_reduce(hidden.grad, group=group)
+        for ours, expected in ((weight.grad, student.weight.grad), (hidden.grad, student.hidden.grad)):
+            assert (ours - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+
+
+@check(2)
+def the_main_job_in_micro_batches_takes_the_same_step(group):
+    """Whose number differs between the ranks; gradients are averaged once."""
+    from tip_kernels.opd.pair import load_pair
+    from tip_kernels.opd.ranks import Ranks
+    from tip_kernels.opd.settings import PACKAGED, Settings
+    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.train import Loop
+
+    class Pair(Ranks):  # as Ranks, but of this group
+        def total(self, numbers):
+            total = torch.tensor(numbers, dtype=torch.float64)
+            dist.all_reduce(total, group=group)
+            return total.tolist()
+
+    cpu, task = torch.device("cpu"), load_task("addition", 5)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    torch.nn.parallel.DistributedDataParallel = lambda model: ddp(model, process_group=group)
+    try:
+        rows, losses, gradients = [], [], []
+        for size in (None, 2, 1):
+            pair = load_pair(PACKAGED / "teacher", PACKAGED / "student", cpu)
+            settings = Settings(batch=5, keep=0.3, rule="overconfident", scope="rollout", micro_batch=size)
+            loop = Loop(settings, pair, task, cpu, Pair(dist.get_rank(group), 2))
+            row = loop.step()
+            rows.append([row["kept"], row["rows"], row["kept_share"], row["q3"]])
+            gradients.append(torch.cat([w.grad.flatten() for w in loop.weights]).double() * row["grad_norm"])
+            same_on_all_ranks(group, "gradients", gradients[-1])
+            losses.append(row["loss"])
+        assert rows[0] == rows[1] == rows[2]
+        assert max(losses) <= (1 + 1e-5) * min(losses)
+        for gradient in gradients[1:]:
+            assert relative_error(gradient, gradients[0]) <= 1e-5
+    finally:
+        torch.nn.parallel.DistributedDataParallel = ddp
+
+
 @check(4)
 def the_readme_s_block_runs(group):
     """On two ranks of rows, each of two shards."""

@@ -457,6 +457,35 @@ def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, di
         torch.testing.assert_close(got, weight.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "soft_or_minmax", "scope": "global"},
+        {"rule": "overconfident", "divergence": "todi"},
+        {"rule": "sample_entropy", "scope": "batch"},
+        {"preset": "adakd"},
+        {"rule": "soft_or", "teacher_topk": 4},
+        {"rule": "entropy", "divergence": "sampled_reverse_kl"},
+    ],
+    ids=str,
+)
+def test_micro_batches_take_the_step_of_one_forward(settings):
+    taken = []
+    for size in (None, 16, 4, 1):
+        pair = load_pair(PACKAGED / "teacher", PACKAGED / "student", CPU)
+        loop = Loop(Settings(batch=16, keep=0.2, micro_batch=size, **settings), pair, load_task("addition", 16), CPU)
+        if loop.focus:
+            loop.focus.keep = 0.4
+        row = loop.step()
+        gradient = torch.cat([weight.grad.flatten() for weight in loop.weights])
+        exact = {name: row[name] for name in ("kept", "rows", "q1", "q2", "q3", "q4", "ended")}
+        taken.append((exact, [row[name] for name in ("loss", "kept_mass", "entropy", "kl_rev", "grad_norm")], gradient))
+    for exact, close, gradient in taken[1:]:
+        assert exact == taken[0][0] and 0 < exact["kept"] < exact["rows"]
+        assert close == pytest.approx(taken[0][1], rel=1e-5)
+        assert (gradient - taken[0][2]).abs().max() <= 1e-6 * max(1.0, taken[0][2].abs().max())
+
+
 def test_a_few_steps_on_a_fifth_of_the_tokens_raise_the_accuracy(pair):
     loop = Loop(Settings(batch=64, steps=12, eval_every=12), pair, load_task("addition", 128), CPU)
     start = loop.evaluate()["accuracy"]
@@ -558,10 +587,10 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path, capsys, monkeypatch)
     assert opd("--steps", 4, *SMALL, "--output", whole) == 0
     learn = Loop._learn
 
-    def pressed(loop, loss):
+    def pressed(loop, *losses):
         if loop.counters.step == 2:
             signal.raise_signal(signal.SIGINT)
-        return learn(loop, loss)
+        return learn(loop, *losses)
 
     monkeypatch.setattr(Loop, "_learn", pressed)
     assert opd("--steps", 4, *SMALL, "--output", broken) == 130

@@ -669,7 +669,7 @@ BAD_RULES = [
     (lambda: sel.RandomRows(False), "keep"),
     (lambda: sel.TopEntropy(0.5, scope="sequence"), "scope"),
     (lambda: sel.TopEntropy(0.5, scope="world"), "scope: expected 'rollout', 'batch' or 'global'"),
-    (lambda: sel.TopEntropy(0.5, group=1), "group: expected None with scope 'rollout'"),
+    (lambda: sel.TopEntropy(0.5, group=1), "group: expected None without scope 'global'"),
     (lambda: sel.TopEntropy(0.5, scope="global", group=1), "group: expected a process group that this rank is in"),
     (lambda: sel.TopEntropy(0.5, min_rows=-1), "min_rows"),
     (lambda: sel.TopEntropy(0.5, min_rows=True), "min_rows"),

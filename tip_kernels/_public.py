@@ -8,6 +8,7 @@ from tip_kernels.backends.choice import backend
 from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.importance import token_importance
 from tip_kernels.distillation.options import Execution, Plan
+from tip_kernels.distillation.step_selection import StepSelection
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import (
     JSD,
@@ -72,6 +73,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftOr",
+    "StepSelection",
     "Teachability",
     "Threshold",
     "ToDi",

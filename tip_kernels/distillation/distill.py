@@ -181,8 +181,8 @@ def _sweeps_for(pair: Pair, execution: Execution) -> int | None:
     return 2
 
 
-def _reduced(learned: Learned, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss () with its gradients, and how many rows were kept and how many of them dropped."""
+def _reduced(learned: Learned, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The loss () with its gradients, how many rows were kept, how many of them dropped, and what the rest weigh."""
     usable = learned.real & torch.isfinite(learned.losses.detach())
     w = torch.where(usable, step.weights(learned.ids, learned.real, learned.kept), 0.0)
     total = step.batch.normalizer(step.normalizer, w, step.select)
@@ -197,7 +197,7 @@ def _reduced(learned: Learned, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor
             RuntimeWarning,
             stacklevel=3,
         )
-    return loss, (learned.real.sum(), dropped)
+    return loss, (learned.real.sum(), dropped, w.sum())
 
 
 def _check(

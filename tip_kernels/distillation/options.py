@@ -63,6 +63,7 @@ class Plan:
         workspace_mib: What the call may use beyond inputs, gradients and (N,) tensors.
         kept_rows: () int64 on the device: how many rows were kept.
         dropped_rows: () int64 on the device: kept rows of weight 0 because their loss is NaN or infinite.
+        weight: () fp32 on the device: the sum of the weights of the other kept rows, without weights their number.
     """
 
     strategy: str
@@ -70,3 +71,4 @@ class Plan:
     workspace_mib: float
     kept_rows: Tensor
     dropped_rows: Tensor
+    weight: Tensor

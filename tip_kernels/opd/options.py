@@ -102,7 +102,8 @@ def parser() -> Parser:
     g = p.add_argument_group("what is kept")
     option(g, "--rule", str, "which tokens the student learns from", choices=tuple(RULES))
     option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
-    text = "what --keep is a share of: each rollout, a process's batch, or global: the batches of all processes"
+    text = "what --keep is a share of: each rollout, a process's batch, or global: each rollout, among the rollouts of "
+    text += "all processes, which ranks and normalized values are then of"
     option(g, "--scope", str, text, choices=("rollout", "batch", "global"))
     text = "with --rule overconfident: only tokens of an entropy below this, in nats, or quantile:0.5 of the batch's"
     option(g, "--entropy-below", cut, text, "NATS")
@@ -116,6 +117,9 @@ def parser() -> Parser:
     g = p.add_argument_group("training")
     option(g, "--steps", whole(1), "optimizer steps, a rollout batch each", "N")
     option(g, "--batch", whole(1), "prompts a step, of all processes together", "N")
+    text = "rollouts a forward pass, to bound memory; tokens are still chosen over the whole step, at the price of a "
+    text += "second forward of the student; default: all of a process"
+    option(g, "--micro-batch", whole(1), text, "N")
     option(g, "--lr", positive, "learning rate of AdamW", "RATE")
     option(g, "--warmup", whole(0), "steps over which the learning rate rises to --lr", "N")
     option(g, "--rollouts-per-prompt", whole(1), "completions of each prompt that a step learns from", "N")

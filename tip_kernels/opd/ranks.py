@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -53,6 +53,10 @@ class Ranks:
         if of_any := [trouble for trouble in troubles if trouble is not None]:
             raise UsageError(of_any[0])
         return found
+
+    def apart(self, model: torch.nn.Module) -> AbstractContextManager:
+        """Inside, gradients of the model add up in this process and are not averaged yet."""
+        return model.no_sync() if self.count > 1 else nullcontext()
 
     def decided(self, decide: Callable[[], Found]) -> Found:
         """What the first process decides, or its UsageError, on all."""

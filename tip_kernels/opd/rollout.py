@@ -34,6 +34,11 @@ class Rollouts:
         """(B, L) int64."""
         return self.tokens[:, self.prompt_width :]
 
+    def parts(self, size: int) -> list[Rollouts]:
+        """The same in runs of so many completions."""
+        columns = (self.tokens, self.attention, self.mask, self.ended)
+        return [Rollouts(*part) for part in zip(*(column.split(size) for column in columns), strict=True)]
+
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, P) token ids with the padding in front, and (B, P) attention, 0 on it."""

@@ -50,6 +50,7 @@ class Settings:
     teacher_topk: int | None = None  # None: the teacher's whole distribution
     steps: int = 50
     batch: int = 128
+    micro_batch: int | None = None  # rollouts a forward; None: all of a process
     lr: float = 1e-3
     warmup: int = 5
     seed: int = 0

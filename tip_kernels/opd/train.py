@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -149,16 +150,11 @@ class Loop:
         """One rollout batch and, unless nothing is kept, one optimizer step."""
         began, counters = time.perf_counter(), self.counters
         rollouts = self.rollouts()
-        out = self.distil(rollouts)
-        local = Sums.of(out, rollouts)
-        sums = Sums(*self.ranks.total(list(local)))
-        self._expect_numbers(sums.kl, math.isfinite(sums.entropy))
-        rows, kept = int(sums.rows), int(sums.kept)
         ratio = {"keep": self.focus.keep} if self.focus else {}
-        loss, part = sums.loss, 1.0
-        if not spans_ranks(self.choice(rollouts.mask)["select"]):  # then the normaliser was this process's own
-            loss, part = sums.weighted_loss / max(sums.used, 1), local.used / max(sums.used, 1)
-        norm = self._learn(out.loss * (self.ranks.count * part)) if kept else None  # their gradients are averaged
+        size, most = self.settings.micro_batch, -(-self.settings.batch // self.ranks.count)
+        whole = size is None or size >= most * self.settings.rollouts_per_prompt  # of the process that has most
+        sums, loss, norm = self._learn_whole(rollouts) if whole else self._learn_parts(rollouts.parts(size), rollouts)
+        rows, kept = int(sums.rows), int(sums.kept)
         if self.focus and norm is not None:
             self.focus.update(loss)
             counters.focus = self.focus.state_dict()
@@ -174,6 +170,64 @@ class Loop:
         row |= {f"q{i}": count / rows for i, count in enumerate(sums.quadrants, start=1)}
         return row | {"grad_norm": norm, "ended": sums.ended / sums.rollouts, "seconds": seconds}
 
+    def _learn_whole(self, rollouts: Rollouts) -> tuple[Sums, float, float | None]:
+        """One forward of all rollouts: the step's sums, its loss, and the gradient norm, None if nothing is learned."""
+        out = self.distil(rollouts)
+        local = Sums.of(out.stats, out.kept, _used(out), out.loss.item(), rollouts)
+        sums = Sums(*self.ranks.total(list(local)))
+        self._expect_numbers(sums.kl, math.isfinite(sums.entropy))
+        loss, part = sums.loss, 1.0
+        if not spans_ranks(self.choice(rollouts.mask)["select"]):  # then the normaliser was this process's own
+            loss, part = sums.weighted_loss / max(sums.used, 1), local.used / max(sums.used, 1)
+        norm = self._learn([out.loss * (self.ranks.count * part)]) if sums.kept else None  # gradients are averaged
+        return sums, loss, norm
+
+    def _learn_parts(self, parts: list[Rollouts], rollouts: Rollouts) -> tuple[Sums, float, float | None]:
+        """The same in micro-batches: all are measured, tokens chosen over the step, and each is learned from."""
+        choice = self.choice(rollouts.mask)
+        settings = {name: choice[name] for name in ("temperature", "temperature_sq") if name in choice}
+        step = tip.StepSelection(choice["select"], full_stats=True, **settings)
+        ids = choice.get("rollout_ids")
+        ids = [None] * len(parts) if ids is None else ids.split([len(part.mask) for part in parts])
+        teachers = [self.teacher(part) for part in parts]
+        for part, teacher, own in zip(parts, teachers, ids, strict=True):
+            student = self.no_graph_head(part)
+            step.measure(
+                student, teacher, row_mask=part.mask, rollout_ids=own, workspace_mib=self.settings.workspace_mib
+            )
+        chosen = step.parts()
+        sums = Sums(*self.ranks.total(list(Sums.of(step.stats, step.kept, 0, 0.0, rollouts))))
+        self._expect_numbers(sums.kl, math.isfinite(sums.entropy))
+        kept, used = int(sums.kept), 0.0
+        outs: list[tip.Distilled] = []
+
+        def losses() -> Iterator[Tensor]:
+            for part, teacher, own in zip(parts, teachers, chosen, strict=True):
+                out = tip.distill(
+                    response_head(self.student, part),
+                    teacher,
+                    divergence=self.divergence,
+                    labels=self.labels(part),
+                    workspace_mib=self.settings.workspace_mib,
+                    **own | {"normalizer": kept},
+                )
+                outs.append(out._replace(loss=out.loss.detach()))
+                yield out.loss * self.ranks.count
+
+        def correction() -> float:  # for kept tokens of no finite loss
+            nonlocal used
+            used = self.ranks.total([sum(map(_used, outs))])[0]
+            return kept / used if used else 1.0
+
+        norm = self._learn(losses(), len(parts), correction) if kept else None
+        loss = self.ranks.total([sum(out.loss.item() for out in outs)])[0]
+        return sums, loss * kept / max(used, 1.0), norm
+
+    @torch.no_grad()
+    def no_graph_head(self, rollouts: Rollouts) -> tip.Head:
+        """The student over the rollouts, to be measured alone."""
+        return response_head(self.pair.student, rollouts)
+
     @torch.no_grad()
     def teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
         """The teacher at every place of the completions: its head, or its likeliest tokens alone."""
@@ -185,10 +239,15 @@ class Loop:
 
     def choice(self, mask: Tensor) -> dict:
         """What distill keeps and how it weighs it: AdaKD's arguments, or a rule with a plain mean over kept tokens."""
+        ids, scope = None, self.settings.scope
+        if scope == "global":  # one quota a rollout, whose ids no other process has
+            ids = torch.arange(len(mask), device=mask.device) + (self.ranks.rank << 40)
+            ids = ids.unsqueeze(1).expand(mask.shape)
         if self.focus:
-            return adakd(self.focus, row_mask=mask, scope=self.settings.scope)
+            median_scope = "global" if scope == "global" else "batch"
+            return adakd(self.focus, row_mask=mask, rollout_ids=ids, scope=scope, median_scope=median_scope)
         rule = self.settings.make_rule(self.generator("rule"))
-        return {"select": rule, "row_mask": mask, "normalizer": "kept"}
+        return {"select": rule, "row_mask": mask, "rollout_ids": ids, "normalizer": "kept"}
 
     def labels(self, rollouts: Rollouts) -> Tensor | None:
         """(B, L) the sampled tokens, where the divergence reads them: place i holds the one that row i predicts."""
@@ -196,12 +255,24 @@ class Loop:
             return None
         return torch.where(rollouts.mask, rollouts.completions, -100)
 
-    def _learn(self, loss: Tensor) -> float | None:
-        """The gradient norm before clipping; None, and no step, where the gradient is not finite."""
+    def _learn(
+        self, losses: Iterable[Tensor], count: int = 1, correction: Callable[[], float] = lambda: 1.0
+    ) -> float | None:
+        """The gradient norm before clipping, of the sum of so many losses, each made when the one before is learned.
+
+        None, and no step, where the gradient is not finite. `correction` multiplies the gradients.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * min(1.0, (self.counters.step + 1) / max(self.settings.warmup, 1))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        made = iter(losses)
+        for place in range(count):
+            with nullcontext() if place == count - 1 else self.ranks.apart(self.student.model):
+                next(made).backward()
+        factor = correction()
+        for weight in self.weights if factor != 1.0 else ():
+            if weight.grad is not None:
+                weight.grad.mul_(factor)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, CLIP).item()
         if not math.isfinite(norm):
             return None
@@ -308,14 +379,13 @@ class Sums(NamedTuple):
         return self[-4:]
 
     @classmethod
-    def of(cls, out: tip.Distilled, rollouts: Rollouts) -> Sums:
-        rows, stats, loss = rollouts.mask.flatten(), out.stats, out.loss.item()
-        finite_kl, kept_kl = _kl_sums(out, rollouts.mask)
-        used = int(out.plan.kept_rows - out.plan.dropped_rows)
-        quadrants = torch.bincount(tip.quadrants(stats, row_mask=rollouts.mask)[rows].long(), minlength=5)
+    def of(cls, stats: tip.TokenStats, kept: tip.Kept, used: int, loss: float, rollouts: Rollouts) -> Sums:
+        rows = rollouts.mask.flatten()
+        finite_kl, kept_kl = _kl_sums(stats, kept, rollouts.mask)
+        quadrants = torch.bincount(tip.quadrants(stats, row_mask=rows)[rows].long(), minlength=5)
         return cls(
             int(rows.sum()),
-            int(out.kept.mask.sum()),
+            int(kept.mask.sum()),
             used,
             loss,
             loss * used,
@@ -329,11 +399,16 @@ class Sums(NamedTuple):
         )
 
 
-def _kl_sums(out: tip.Distilled, mask: Tensor) -> tuple[float, float]:
+def _used(out: tip.Distilled) -> int:
+    """How many kept tokens have a finite loss."""
+    return int(out.plan.kept_rows - out.plan.dropped_rows)
+
+
+def _kl_sums(stats: tip.TokenStats, kept: tip.Kept, mask: Tensor) -> tuple[float, float]:
     """KL(student || teacher) over the tokens and over the kept ones; where it is infinite or unknown it is left out."""
-    kl = out.stats.kl_rev.double()
+    kl = stats.kl_rev.double()
     kl = torch.where(mask.flatten() & kl.isfinite(), kl, 0.0)
-    return kl.sum().item(), kl[out.kept.mask].sum().item()
+    return kl.sum().item(), kl[kept.mask].sum().item()
 
 
 def _histogram(entropy: Tensor, top: float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
 from tip_kernels.distributed import collectives
-from tip_kernels.select.rule import Kept, QuotaRule, layout, rollout_of_rows, run_starts, statistic, unmasked
+from tip_kernels.select.rule import (
+    Kept,
+    QuotaRule,
+    check_group,
+    layout,
+    rollout_of_rows,
+    run_starts,
+    statistic,
+    unmasked,
+)
 from tip_kernels.stats import TokenStats
 
 
@@ -38,6 +47,9 @@ class TopHellinger(QuotaRule):
     """
 
     needs = frozenset({"hellinger_sq"})
+
+
+MEDIANS = ("batch", "rollout", "global")
 
 
 class AdaptiveFocus:
@@ -171,6 +183,7 @@ def difficulty_temperature(
     scope: str = "batch",
     rollout_ids: Tensor | None = None,
     kept: Kept | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """A temperature for every row, low where the models are far apart and high where they agree (AdaKD's IDTS).
 
@@ -186,9 +199,10 @@ def difficulty_temperature(
         row_mask: bool (N,) or (B, T), True for rows that count; None: all do.
         strength: A finite float; the paper's c, best at 0.5. Below 0 hard rows get the high temperatures.
         base: A positive float, the temperature of the median row.
-        scope: Where the median is taken: "batch" (the paper) or "rollout".
+        scope: Where the median is taken: "batch" (the paper), "rollout", or "global": the batches of all ranks.
         rollout_ids: int64 (N,) or (B, T), the rollout of each row; without them a (B, T) batch holds B rollouts.
         kept: What a rule returned: the median is then over its kept rows (the released code), not all that count.
+        group: Process group for "global", which synchronises; None is all ranks.
 
     Returns:
         (N,) fp32, detached: the released code lets a gradient through, the paper does not.
@@ -197,22 +211,48 @@ def difficulty_temperature(
         ValueError: Naming the argument.
     """
     strength, base = finite_number("strength", strength), finite_number("base", base, positive=True)
-    expect(scope in ("batch", "rollout"), "scope", "'batch' or 'rollout'", scope)
+    expect(scope in MEDIANS, "scope", "'batch', 'rollout' or 'global'", scope)
     shape, device = layout(stats)
     h = statistic(stats, "hellinger_sq", "difficulty_temperature")
     rows = unmasked(row_mask, shape, device) & ~h.isnan()
-    group = rollout_of_rows(rollout_ids, shape, device)
-    if h.numel() == 0:
+    rollouts = rollout_of_rows(rollout_ids, shape, device)
+    check_group(group, scope == "global")
+    if h.numel() == 0 and scope != "global":
         return h
-    group = group if scope == "rollout" else torch.zeros_like(group)
+    rollouts = rollouts if scope == "rollout" else torch.zeros_like(rollouts)
     population = rows
     if kept is not None:
         ok = isinstance(kept, Kept) and kept.mask.numel() == h.numel()
         expect(ok, "kept", f"what a rule returned for {h.numel()} rows, or None", kept)
         population = rows & kept.mask
-    m = _lower_median(h, population, group)
+    m = _median_of_all_ranks(h, population, group) if scope == "global" else _lower_median(h, population, rollouts)
     hardness = torch.where(rows & (h + m > 0), (h - m) / (h + m), 0.0)
     return base * torch.exp(-strength * hardness)
+
+
+@dataclass(frozen=True, eq=False)
+class DifficultyTemperature:
+    """`difficulty_temperature` as `distill` calls it."""
+
+    strength: float
+    base: float
+    scope: str
+    kept_by: TopHellinger | None  # the median is over the rows that it keeps
+    row_mask: Tensor | None = None
+    rollout_ids: Tensor | None = None
+    group: torch.distributed.ProcessGroup | None = None
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        mask = (
+            None if self.row_mask is None else self.row_mask.to(layout(stats)[1])
+        )  # distill takes one on the CPU, too
+        kept = None if self.kept_by is None else self.kept_by(stats, mask, self.rollout_ids)
+        where = {"scope": self.scope, "rollout_ids": self.rollout_ids, "group": self.group}
+        return difficulty_temperature(stats, mask, self.strength, self.base, **where, kept=kept)
+
+    def over(self, row_mask: Tensor, rollout_ids: Tensor | None) -> DifficultyTemperature:
+        """The same of other rows."""
+        return replace(self, row_mask=row_mask, rollout_ids=rollout_ids)
 
 
 class AdaKDArguments(TypedDict):
@@ -236,6 +276,7 @@ def adakd(
     scope: str = "rollout",
     median_scope: str = "batch",
     median_of: str = "valid",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> AdaKDArguments:
     """The arguments with which `distill` learns as AdaKD does, for any divergence.
 
@@ -258,9 +299,11 @@ def adakd(
         rollout_ids: int64 (N,) or (B, T), the rollout of each row; likewise.
         strength: A finite float: of the temperatures; 0 leaves them at base (focus only).
         base: A positive float, the temperature of the median row.
-        scope: What keep is a fraction of: each "rollout" (the paper) or the "batch" (the released code).
-        median_scope: "batch" (the paper) or "rollout".
+        scope: What keep is a fraction of: each "rollout" (the paper), the "batch" (the released code) or "global", as
+            a rule's.
+        median_scope: "batch" (the paper), "rollout" or "global": the batches of all ranks.
         median_of: "valid": over all trainable rows (the paper), "kept": over the kept ones (the released code).
+        group: Process group for "global"; None is all ranks.
 
     Returns:
         A dict of select, temperature, temperature_sq, normalizer, row_mask and rollout_ids: `distill(..., **adakd())`.
@@ -273,17 +316,19 @@ def adakd(
     expect(ok, "focus", "an AdaptiveFocus, or a fraction in (0, 1] as a float", focus)
     finite_number("strength", strength)
     finite_number("base", base, positive=True)
-    expect(median_scope in ("batch", "rollout"), "median_scope", "'batch' or 'rollout'", median_scope)
+    expect(median_scope in MEDIANS, "median_scope", "'batch', 'rollout' or 'global'", median_scope)
     expect(median_of in ("valid", "kept"), "median_of", "'valid' or 'kept'", median_of)
-    rule = TopHellinger(keep, scope=scope)
-
-    def temperature(stats: TokenStats) -> Tensor:
-        mask = None if row_mask is None else row_mask.to(layout(stats)[1])  # distill takes one on the CPU, too
-        kept = rule(stats, mask, rollout_ids) if median_of == "kept" else None
-        return difficulty_temperature(
-            stats, mask, strength, base, scope=median_scope, rollout_ids=rollout_ids, kept=kept
-        )
-
+    check_group(group, "global" in (scope, median_scope))
+    rule = TopHellinger(keep, scope=scope, group=group if scope == "global" else None)
+    temperature = DifficultyTemperature(
+        strength,
+        base,
+        median_scope,
+        rule if median_of == "kept" else None,
+        row_mask,
+        rollout_ids,
+        group if median_scope == "global" else None,
+    )
     return {
         "select": rule,
         "temperature": temperature,
@@ -292,6 +337,12 @@ def adakd(
         "row_mask": row_mask,
         "rollout_ids": rollout_ids,
     }
+
+
+def _median_of_all_ranks(x: Tensor, rows: Tensor, ranks: torch.distributed.ProcessGroup | None) -> Tensor:
+    """(N,) the lower median of x over the rows of all ranks."""
+    (every, counted), mine = collectives.all_gather_rows([x, rows], "a median of hellinger_sq", ranks)
+    return _lower_median(every, counted, torch.zeros_like(every, dtype=torch.int64))[mine] if every.numel() else every
 
 
 def _lower_median(x: Tensor, rows: Tensor, group: Tensor) -> Tensor:

@@ -233,9 +233,7 @@ class QuotaRule(Rule):
         if not isinstance(min_rows, int) or isinstance(min_rows, bool) or min_rows < 0:
             refuse("min_rows", "an int of at least 0", min_rows)
         if self.group is not None:
-            expect(self.scope == "global", "group", f"None with scope {self.scope!r}", self.group)
-            ok = collectives.is_group(self.group)
-            expect(ok, "group", "a process group that this rank is in, or None", self.group)
+            check_group(self.group, self.scope == "global")
 
     @property
     def fills_quota(self) -> bool:
@@ -413,6 +411,13 @@ def check_cut(name: str, cut: object) -> None:
     else:
         ok = (isinstance(cut, float) or is_int(cut)) and math.isfinite(cut)
         expect(ok, name, "a finite number, or ('quantile', q) with q in [0, 1]", cut)
+
+
+def check_group(group: object, spans: bool) -> None:
+    """Refuses a group where nothing spans ranks, and what is none of this rank's."""
+    if group is not None:
+        expect(spans, "group", "None without scope 'global'", group)
+        expect(collectives.is_group(group), "group", "a process group that this rank is in, or None", group)
 
 
 def check_generator(generator: object, device: torch.device | None = None) -> None:
