@@ -19,7 +19,7 @@ from _cases import head_case
 
 import tip_kernels as tip
 from tip_kernels.distillation.distill import Batch
-from tip_kernels.sources.pair import HeadRows
+from tip_kernels.sources.pair import Request
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_ranks(name, failures):
 def test_a_global_quota_learns_from_the_kept_rows_alone_on_a_gpu_too():
     """Its capacity is every row of the rank, which would then all be projected again."""
     head = head_case(10, 20, 4, seed=1).head
-    batch = Batch(HeadRows(head), HeadRows(head), None, None, None, 2**20)
+    batch = Batch(Request.checked(head, head))
     ids = torch.tensor([1, 4])
     on_gpu = SimpleNamespace(mask=SimpleNamespace(device=torch.device("cuda")), row_ids=ids, slots=lambda most: most)
     assert batch.slots(on_gpu, tip.SoftOr(0.2, scope="rollout")) == 2  # as many as may be, without waiting
