@@ -1,6 +1,6 @@
 """The timed stages of `python -m bench gpu`, run in a process of their own:
 
-    python -m bench._gpu_rows STAGE ... --out FILE --seconds S [--quick] [--dry-run] [--ceilings JSON]
+    python -m bench._gpu_rows STAGE ... --out FILE --seconds S [--first] [--quick] [--dry-run] [--ceilings JSON]
 
 Each result is appended to FILE as one line of JSON, row by row, so a stage that is stopped keeps what it has. Before
 anything is timed its result is held to a float64 truth (fp32 for sums over all rows) on the same inputs.
@@ -35,6 +35,14 @@ HIDDEN = "statistics from hidden states"
 KEEP_FEW, KEEP_ALL = "distill, keep 0.2", "distill, keep 1.0"
 MEMORY, UPDATE = "memory of a step, keep 0.2", "update of a Qwen3-shaped student, keep 0.2"
 TUNE_FOLD, TUNE_GRAD = "tune fold_kernel", "tune grad_kernel"
+
+# With --first: of each row only these.
+FEWEST = {
+    LOGITS: ("ours", "dense eager"),
+    HIDDEN: ("ours", "ours, one fused kernel", "TRL (reverse KL, entropy)"),
+    KEEP_FEW: ("ours, Soft-OR 0.2", "ours, all tokens", "TRL, all tokens", "Liger, all tokens"),
+    MEMORY: ("ours, Soft-OR 0.2", "TRL, all tokens", "Liger, all tokens"),
+}
 
 # Largest relative error of a result that counts as right: ours, and of peers that keep logits or gradients in 16 bits.
 OURS, PEERS = 0.02, 0.35
@@ -75,6 +83,7 @@ class Stage:
     dry_run: bool
     ceilings: dict[str, float]
     emit: Callable[[dict], None]
+    first: bool = False
     end: float = field(default_factory=lambda: time.monotonic() + 1e9)
 
     def left(self) -> float:
@@ -94,6 +103,8 @@ class Stage:
         """Checks each contender, measures its memory, then times all that are right in interleaved rounds."""
         alive: dict[str, Callable[[], object]] = {}
         found: dict[str, dict] = {}
+        if self.first:
+            contenders = [one for one in contenders if one.name in FEWEST.get(row, ())]
         for one in contenders:
             out = found[one.name] = {"row": row, "who": one.name}
             if self.left() <= 0:
@@ -153,7 +164,7 @@ def stats_error(z: Callable[[Tensor], tuple[Tensor, Tensor]], n: int) -> Callabl
     truth = ref.token_stats(*z(ids))
 
     def error(ours: dict[str, Tensor] | tip.TokenStats) -> float:
-        read = ours.get if isinstance(ours, dict) else lambda name: getattr(ours, name)
+        read = ours.get if isinstance(ours, dict) else lambda name: getattr(ours, name, None)  # of what was measured
         worst = 0.0
         for name, value in truth.items():
             x = read(name)
@@ -244,7 +255,7 @@ def truth_of_logits(z_s: Tensor, z_t: Tensor) -> Callable[[dict[str, Tensor]], f
 
 
 def logits(stage: Stage) -> None:
-    for row, n in ((LOGITS, stage.sizes.rows), (LOGITS_FEW, stage.sizes.few)):
+    for row, n in ((LOGITS, stage.sizes.rows), (LOGITS_FEW, stage.sizes.few))[: 1 if stage.first else 2]:
         z_s, z_t = pair_of_logits(stage, n)
         right = truth_of_logits(z_s, z_t)
         runs = {
@@ -451,6 +462,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--ceilings", type=json.loads, default={})
@@ -471,7 +483,7 @@ def main(argv: list[str]) -> int:
     sizes = DRY if args.dry_run else QUICK if args.quick else FULL
     failed = 0
     for name in args.stages:
-        stage = Stage(sizes, device, args.dry_run, args.ceilings, emit, start + 0.8 * args.seconds)
+        stage = Stage(sizes, device, args.dry_run, args.ceilings, emit, args.first, start + 0.8 * args.seconds)
         try:
             STAGES[name](stage)
         except Exception as error:  # the next stage may still be able to run

@@ -8,7 +8,6 @@ Inputs are made on the CPU, so that almost nothing but the kernels runs on the d
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -157,12 +156,11 @@ def cases(dry_run: bool = False) -> dict[str, Callable[[Move, int], float]]:
         f"{add}: skew_forward_kl": partial(_sums, "skew_forward_kl", (0.1,)),
         f"{add}: skew_reverse_kl": partial(_sums, "skew_reverse_kl", (0.1, 0.0)),
     }
-    if importlib.util.find_spec("tip_kernels.backends.triton.linear_stats"):
-        dtype = fp16 if dry_run else bf16  # the interpreter multiplies the raw bits of bf16
-        found |= {
-            "linear_kernel finish_kernel: pair": partial(_linear, dtype),
-            "linear_kernel finish_kernel: student, bias": partial(_linear, dtype, teacher=False, bias=True),
-        }
+    dtype = fp16 if dry_run else bf16  # the interpreter multiplies the raw bits of bf16
+    found |= {
+        "linear_kernel finish_kernel: pair": partial(_linear, dtype),
+        "linear_kernel finish_kernel: student, bias": partial(_linear, dtype, teacher=False, bias=True),
+    }
     return found
 
 

@@ -2,14 +2,15 @@
 
     python -m bench compile [--targets sm_90 ...] [--only VARIANT ...] [--json FILE] [--save DIR]
 
-The launchers of tip_kernels/kernels run on a CPU's tensors, whose pages nobody touches, against a driver that only
-compiles, so signatures, alignments and settings are those of real launches. For NVIDIA the machine code is read with
-the cuobjdump and nvdisasm of Triton's wheel, for AMD the assembly. Columns (and keys of the JSON rows):
+The launchers of tip_kernels/backends/triton run on a CPU's tensors, whose pages nobody touches, against a driver that
+only compiles, so signatures, alignments and settings are those of real launches. For NVIDIA the machine code is read
+with the cuobjdump and nvdisasm of Triton's wheel, for AMD the assembly. Columns (and keys of the JSON rows):
 
     registers        a thread (VGPRs on AMD)
     spill_bytes      a thread, of registers that did not fit
     stack_bytes      a thread, spills included
     shared_bytes     a program
+    limit_bytes      what a program may have of them on the target; a launch that asks for more fails
     instr_per_pair   instructions of the streaming loop for each (student, teacher) pair of logits, or each student
                      logit where there is no teacher; null for a kernel without such a loop
     load_bits        the narrowest global load in that loop
@@ -36,6 +37,9 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# Bytes of shared memory (AMD: local data share) that one program may have. For NVIDIA the 163 and 227 KiB a block of
+# the CUDA guide's table of compute capabilities, for AMD the 64 KiB of a CDNA 3 compute unit.
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 VOCAB = 151_936
 NUMBERS = {"renyi": 1, "alpha_beta": 2, "jsd": 1, "skew_forward_kl": 1, "skew_reverse_kl": 2, "todi": 1}  # parameters
 ODD = 50_257  # a vocabulary whose rows do not start at multiples of 16 bytes
@@ -50,6 +54,7 @@ class Row:
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
+    limit_bytes: int
     instr_per_pair: float | None
     load_bits: int | None
 
@@ -93,14 +98,20 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
 
     jeffreys = "forward_kl+reverse_kl"
 
-    def head(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.empty(n, width, dtype=bf16) for n in (4096, VOCAB))
+    def head(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.empty(n, width, dtype=dtype) for n in (4096, VOCAB))
 
-    def linear(teacher: bool, bias: bool = False, **settings) -> dict[str, torch.Tensor]:
-        biases = {f"bias_{m}": torch.empty(VOCAB, dtype=bf16) for m in "st"[: 1 + teacher]} if bias else {}
-        return linear_stats(*head(2048), *(head(4096) if teacher else ()), **biases, **settings)
+    def linear(teacher: bool, dtype: torch.dtype, bias: bool = False, **settings) -> dict[str, torch.Tensor]:
+        biases = {f"bias_{m}": torch.empty(VOCAB, dtype=dtype) for m in "st"[: 1 + teacher]} if bias else {}
+        return linear_stats(*head(2048, dtype), *(head(4096, dtype) if teacher else ()), **biases, **settings)
 
-    heads = {"bf16": {}, "bf16 bias softcap": {"bias": True, "softcap_s": 30.0, "softcap_t": 30.0}}
+    rest = {"bias": True, "softcap_s": 30.0, "softcap_t": 30.0}
+    heads = {
+        "bf16": (bf16, {}),
+        "bf16 bias softcap": (bf16, rest),
+        "fp32": (fp32, {}),
+        "fp32 bias softcap": (fp32, rest),
+    }
     class_b = [name for name, (_, _, names) in KINDS.items() if names]
     label = Label(vector(torch.int64), vector())
     cross_entropy = Label(vector(torch.int64), vector(), vector(), vector(), vector())
@@ -136,8 +147,8 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
         "reverse_kl bf16 cross-entropy": (lambda: grad("reverse_kl", *pair(), label=cross_entropy), 4),
         **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in ("hellinger_sq", "renyi", "alpha_beta")},
         **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in class_b},
-        **{f"joint {name}": (partial(linear, True, **options), 0) for name, options in heads.items()},
-        **{f"alone {name}": (partial(linear, False, **options), 0) for name, options in heads.items()},
+        **{f"joint {name}": (partial(linear, True, dtype, **options), 0) for name, (dtype, options) in heads.items()},
+        **{f"alone {name}": (partial(linear, False, dtype, **options), 0) for name, (dtype, options) in heads.items()},
         **{f"{name} sums bf16": (partial(sums, name), 4) for name in class_b},
     }
 
@@ -288,6 +299,7 @@ def measure(kernel: str, variant: str, target: str, compiled: object, pair_bytes
         instr_per_pair=round(stream.instructions / pairs, 2) if pairs else None,
         load_bits=stream.narrowest if pairs else None,
         shared_bytes=compiled.metadata.shared,
+        limit_bytes=SHARED_LIMITS[target],
         **stats,
     )
 
@@ -321,20 +333,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--save", type=Path, help="keep binaries and listings in this folder")
     args = parser.parse_args(argv)
-    heads = ("regs", "spill", "stack", "shared")
-    print(f"{'kernel':16} {'variant':30} {'target':7} {'{:>7}' * 4} {'instr/pair':>11} {'bits':>5}".format(*heads))
+    heads = ("regs", "spill", "stack", "shared", "limit")
+    print(f"{'kernel':16} {'variant':30} {'target':7} {'{:>7}' * 5} {'instr/pair':>11} {'bits':>5}".format(*heads))
     rows = []
     for row in report(args.targets, args.only, args.save):
         rows.append(asdict(row))
         pair = "-" if row.instr_per_pair is None else f"{row.instr_per_pair:.2f}"
         print(
             f"{row.kernel:16} {row.variant:30} {row.target:7} {row.registers:7}{row.spill_bytes:7}{row.stack_bytes:7}"
-            f"{row.shared_bytes:7} {pair:>11} {row.load_bits or '-':>5}",
+            f"{row.shared_bytes:7}{row.limit_bytes:7} {pair:>11} {row.load_bits or '-':>5}",
             flush=True,
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
     spilled = sum(row["spill_bytes"] > 0 or row["stack_bytes"] > 0 for row in rows)
-    print(f"{len(rows)} kernels compiled, {spilled} spill")
-    return int(spilled > 0)
+    large = sum(row["shared_bytes"] > row["limit_bytes"] for row in rows)
+    print(f"{len(rows)} kernels compiled, {spilled} spill, {large} ask for more shared memory than there is")
+    return int(spilled + large > 0)

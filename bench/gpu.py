@@ -1,20 +1,27 @@
-"""The GPU's tests, sanitizers and speeds beside the peers', in one command of under nine minutes.
+"""The GPU's tests, sanitizers and speeds beside the peers'.
 
-    python -m bench gpu [--only STAGE ...] [--quick] [--tune] [--dry-run] [--json FILE]
+    python -m bench gpu --first                  under five minutes: is it right, and how fast where it matters most?
+    python -m bench gpu --only STAGE ...         the rest, in calls of at most five minutes: see CALLS below
+    python -m bench gpu                          all of it
 
-Stages, each in processes of its own with a time limit; one that fails is reported and the next goes on:
+with [--quick] [--tune] [--dry-run] [--json FILE]. Stages, each in processes of its own with a time limit; one that
+fails is reported and the next goes on:
 
-    tests      pytest tests -x -q
-    sanitizer  compute-sanitizer memcheck and racecheck over every kernel on small shapes (bench/_small.py)
+    selftest   every kernel on small shapes against float64 (bench/_small.py)
+    tests      the tests that use a GPU, all of them, whatever fails
+    sanitizer  compute-sanitizer memcheck and racecheck over every kernel on small shapes
     ceilings   the rate of a large copy (bytes read plus written) and of the vendor's bf16 product
     logits     statistics from logits, N = 8192 and N = 32        hidden   the same from hidden states
     distill    one step, keep 0.2 and 1.0, against TRL, Liger, dense eager and torch.compile
     memory     peak of a step above inputs and gradients          update   a whole update of a Qwen3-shaped student
     tune       settings of the two kernels that read logits (only with --tune or --only tune; changes no code)
 
-Times are medians of interleaved repeats with a cold second-level cache; a result that is wrong gets no time. A whole
-run is written to bench/results/<device>.json, --tune to <device>-tune.json; a part of one only to --json. --quick takes
-a quarter of the rows. --dry-run runs everything on a CPU on tiny shapes and measures nothing.
+--first is selftest, ceilings, and of logits, hidden, distill and memory one row each, against TRL and Liger.
+
+Times are medians of interleaved repeats with a cold second-level cache; a result that is wrong gets no time. What is
+measured is added to bench/results/<device>.json: a row of the table replaces the one that was there, whole, so that all
+of its times are of one run. --quick takes a quarter of the rows and writes only to --json. --dry-run runs everything on
+a CPU on tiny shapes and measures nothing.
 
 Exit code: 0; 1 if tests, a sanitizer or a stage failed or a result of ours is wrong; 2 without a GPU.
 """
@@ -39,10 +46,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-# Seconds of each stage; without tune 515 together.
+# Seconds of each stage.
 SECONDS = {
-    "tests": 150,
-    "sanitizer": 110,
+    "selftest": 70,
+    "tests": 290,
+    "sanitizer": 200,
     "ceilings": 20,
     "logits": 40,
     "hidden": 45,
@@ -51,7 +59,19 @@ SECONDS = {
     "update": 45,
     "tune": 170,
 }
-TIMED = tuple(SECONDS)[2:]
+TIMED = tuple(SECONDS)[3:]
+FIRST = ("selftest", "ceilings", "logits", "hidden", "distill", "memory")
+# What fits a loan of a GPU: calls of at most five minutes, by their arguments.
+CALLS = {
+    "--first": FIRST,
+    "--only tests": ("tests",),
+    "--only sanitizer": ("sanitizer",),
+    "--only logits hidden distill": ("ceilings", "logits", "hidden", "distill"),
+    "--only memory update": ("ceilings", "memory", "update"),
+    "--only tune": ("ceilings", "tune"),
+}
+# Tests that run differently on a GPU.
+TESTS = [f"tests/test_{name}.py" for name in ("kernels", "backends", "compiled", "contracts", "costs", "stats")]
 # What to reach on an H100 or H200: row -> text
 TARGETS = {
     "statistics from logits": "90 % of the copy rate (stretch 95)",
@@ -113,46 +133,45 @@ def last_lines(text: str, count: int) -> str:
 # ---- stages that pass or fail
 
 
+def run_selftest(seconds: float, environment: dict[str, str], *, dry_run: bool) -> dict:
+    ran = child([sys.executable, "-m", "bench._small", *(["--dry-run"] if dry_run else [])], seconds, environment)
+    print(f"every kernel on small shapes: {ran.status}\n{last_lines(ran.output, 40)}", flush=True)
+    return {"ok": ran.ok, "status": ran.status}
+
+
 def run_tests(seconds: float, environment: dict[str, str], *, quick: bool, dry_run: bool) -> dict:
-    command = [sys.executable, "-m", "pytest", "tests", "-x", "-q"]
+    """All of TESTS; each is named as it fails, so that a stop at the time limit hides none."""
+    command = [sys.executable, "-m", "pytest", *(TESTS[:2] if quick else TESTS), "-v", "--tb=short"]
     if dry_run:
         command[3:] = ["--version"]
-    elif quick:
-        command[3:4] = ["tests/test_kernels.py", "tests/test_backends.py"]
     if importlib.util.find_spec("xdist") and not dry_run:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     ran = child(command, seconds, environment)
-    print(f"tests: {ran.status} ({' '.join(command[2:])})\n{last_lines(ran.output, 1 if ran.ok else 25)}", flush=True)
-    return {"ok": ran.ok, "status": ran.status, "last_line": ran.output.strip().splitlines()[-1:]}
+    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", ran.output)))
+    print(f"tests: {ran.status} ({' '.join(command[2:])})\n{last_lines(ran.output, 1 if ran.ok else 40)}", flush=True)
+    return {"ok": ran.ok, "status": ran.status, "failed": failed, "last_line": ran.output.strip().splitlines()[-1:]}
 
 
 def run_sanitizer(seconds: float, environment: dict[str, str], *, dry_run: bool) -> dict:
-    """memcheck and racecheck, or where the tool is missing the same script alone."""
-    end = time.monotonic() + seconds
+    """memcheck and racecheck, where the tool is."""
     script = [sys.executable, "-m", "bench._small", *(["--dry-run"] if dry_run else [])]
     places = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
     tool = None if dry_run else next(filter(None, map(shutil.which, places)), None)
-    # First alone: compiled kernels are cached, and a result that is wrong shows without the tool.
-    runs = {"alone": child(script, seconds, environment)}
-    print(f"every kernel on small shapes: {runs['alone'].status}\n{last_lines(runs['alone'].output, 40)}", flush=True)
     if tool is None:
         print(f"compute-sanitizer: {'not run' if dry_run else 'not installed'}", flush=True)
-    else:
-        # Every allocation its own, so that a read past the end of one is seen.
-        environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        options = ["--error-exitcode", "9", "--target-processes", "application-only"]
-
-        def under(check: str) -> Ran:
-            return child([tool, "--tool", check, *options, *script], max(5.0, end - time.monotonic()), environment)
-
-        checks = ("memcheck", "racecheck")
-        with ThreadPoolExecutor(len(checks)) as pool:
-            runs |= dict(zip(checks, pool.map(under, checks), strict=True))
-        for check in checks:
-            detail = last_lines(runs[check].output, 1 if runs[check].ok else 25)
-            print(f"compute-sanitizer {check}: {runs[check].status}\n{detail}", flush=True)
+        return {"ok": True, "present": False, "runs": {}}
+    # Every allocation its own, so that a read past the end of one is seen.
+    environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    options = ["--error-exitcode", "9", "--target-processes", "application-only"]
+    checks = ("memcheck", "racecheck")
+    with ThreadPoolExecutor(len(checks)) as pool:
+        commands = ([tool, "--tool", check, *options, *script] for check in checks)
+        runs = dict(zip(checks, pool.map(lambda command: child(command, seconds, environment), commands), strict=True))
+    for check in checks:
+        detail = last_lines(runs[check].output, 1 if runs[check].ok else 25)
+        print(f"compute-sanitizer {check}: {runs[check].status}\n{detail}", flush=True)
     states = {name: ran.status for name, ran in runs.items()}
-    return {"ok": all(ran.ok for ran in runs.values()), "present": tool is not None, "runs": states}
+    return {"ok": all(ran.ok for ran in runs.values()), "present": True, "runs": states}
 
 
 # ---- timed stages
@@ -220,14 +239,45 @@ def table(rows: list[dict], *, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+def merged(before: dict, now: dict) -> dict:
+    """What was there with what has been measured now; a row of the table comes whole from one run."""
+    titles = {row["row"] for row in now["rows"]}
+    kept = [row for row in before.get("rows", []) if row["row"] not in titles]
+    failed = [line for line in before.get("failed", []) if line.split(":")[0].split(", ")[0] not in now["stages"]]
+    return {
+        **before,
+        **now,
+        "ceilings": before.get("ceilings", {}) | now["ceilings"],
+        "stages": before.get("stages", {}) | now["stages"],
+        "failed": failed + now["failed"],
+        "rows": kept + now["rows"],
+    }
+
+
 def write(report: dict, file: Path) -> None:
+    """Adds a report to what the file holds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(merged(before, report), indent=1) + "\n")
     print(f"written: {file}")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The stages to run, in their order."""
+    if args.first:
+        names = {*FIRST}
+    elif args.only:
+        names = {*args.only}
+    else:
+        names = {"tune"} if args.tune else {*SECONDS} - (set() if args.dry_run else {"tune"})
+    if names & set(TIMED):
+        names.add("ceilings")
+    return [name for name in SECONDS if name in names]
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--first", action="store_true", help=f"{', '.join(FIRST)}: one row each, under five minutes")
     parser.add_argument("--only", nargs="+", choices=SECONDS, metavar="STAGE", help=", ".join(SECONDS))
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows, fewer tests")
     parser.add_argument("--tune", action="store_true", help="the ceilings and tune stages alone")
@@ -240,42 +290,32 @@ def main(argv: list[str]) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("python -m bench gpu: no GPU found; --dry-run tries the harness on a CPU", file=sys.stderr)
         return 2
-    if args.only:
-        stages = [name for name in SECONDS if name in args.only]
-    elif args.tune:
-        stages = ["tune"]
-    else:
-        stages = [name for name in SECONDS if name != "tune" or args.dry_run]
-    if set(stages) & set(TIMED):
-        stages = [name for name in SECONDS if name in {*stages, "ceilings"}]
+    stages = chosen(args)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    flags = []
+    flags = [flag for flag in ("--first", "--quick", "--dry-run") if getattr(args, flag[2:].replace("-", "_"))]
     if args.dry_run:
         print("dry run: tiny shapes on a CPU, nothing is measured")
         environment |= {"TRITON_INTERPRET": "1", "TIP_KERNELS_BACKEND": "triton", "TORCHDYNAMO_DISABLE": "1"}
         environment |= {"OMP_NUM_THREADS": "1"}
-        flags = ["--dry-run"]
-    elif args.quick:
-        flags = ["--quick"]
 
     start = time.monotonic()
-    passes: dict[str, dict] = {}
     found = Found({}, {}, [], [])
-    if "tests" in stages:
-        passes["tests"] = run_tests(SECONDS["tests"], environment, quick=args.quick, dry_run=args.dry_run)
-    if "sanitizer" in stages:
-        passes["sanitizer"] = run_sanitizer(SECONDS["sanitizer"], environment, dry_run=args.dry_run)
+    passes = passed_stages(stages, environment, args)
     timed = [name for name in stages if name in TIMED]
     for group in [timed] if args.dry_run and timed else [[name] for name in timed]:
-        run_timed(group, sum(SECONDS[name] for name in group), environment, flags, found)
+        run_timed(group, limit(group, args), environment, flags, found)
 
     rows = with_ratios(found.rows)
     wrong = [f"{row['row']}: {row['who']}" for row in rows if row["who"].startswith("ours") and _bad(row)]
     bad = [name for name, result in passes.items() if not result["ok"]]
-    about = found.about | {"seconds": round(time.monotonic() - start), "quick": args.quick, "dry_run": args.dry_run}
+    seconds = round(time.monotonic() - start)
+    about = found.about | {"quick": args.quick, "dry_run": args.dry_run}
     report = {**about, "ceilings": found.ceilings, **passes, "failed": found.failed, "rows": rows}
+    report["stages"] = dict.fromkeys(
+        stages, f"{'--first ' if args.first else ''}{seconds} s with the others of its call"
+    )
     print()
-    print(f"{'dry run: ' if args.dry_run else ''}{about}")
+    print(f"{'dry run: ' if args.dry_run else ''}{about | {'seconds': seconds}}")
     if found.ceilings:
         copy, matmul = found.ceilings["copy"], found.ceilings["matmul"]
         print(f"ceilings: copy {copy / 1e9:.0f} GB/s (read plus written), matmul {matmul / 1e12:.0f} TFLOP/s")
@@ -283,13 +323,27 @@ def main(argv: list[str]) -> int:
     for line in [*bad, *found.failed, *wrong]:
         print(f"FAILED: {line}")
     if not args.dry_run:
-        whole = not (args.only or args.quick)
-        device = re.sub(r"[^a-z0-9]+", "-", about.get("device", "unknown").lower()).strip("-")
-        if whole:
-            write(report, RESULTS / f"{device}{'-tune' if args.tune else ''}.json")
+        device = re.sub(r"[^a-z0-9]+", "-", about.get("device", torch.cuda.get_device_name()).lower()).strip("-")
+        if not args.quick:
+            write(report, RESULTS / f"{device}{'-tune' if stages == ['ceilings', 'tune'] else ''}.json")
         if args.json:
             write(report, args.json)
     return int(bool(bad or found.failed or wrong))
+
+
+def limit(stages: list[str], args: argparse.Namespace) -> int:
+    """Seconds that stages may take together; a dry run is of no hurry."""
+    return sum(SECONDS[name] for name in stages) * (10 if args.dry_run else 1)
+
+
+def passed_stages(stages: list[str], environment: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
+    """Results of the stages that pass or fail."""
+    runs = {
+        "selftest": lambda seconds: run_selftest(seconds, environment, dry_run=args.dry_run),
+        "tests": lambda seconds: run_tests(seconds, environment, quick=args.quick, dry_run=args.dry_run),
+        "sanitizer": lambda seconds: run_sanitizer(seconds, environment, dry_run=args.dry_run),
+    }
+    return {name: run(limit([name], args)) for name, run in runs.items() if name in stages}
 
 
 def _bad(row: dict) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _cases import check_stats, distill, head_case, labels_for, normal
 
 import tip_kernels as tip
-from tip_kernels.backends.triton import linear_stats
+from tip_kernels.backends import choice
+from tip_kernels.backends.triton import _launch, linear_stats
 from tip_kernels.learn import gradient_sweep as sweeps
 from tip_kernels.measure.sweep import measure
 from tip_kernels.sources.pair import Pair, rows_of
@@ -63,6 +65,36 @@ def learn(backend: str, source: str, divergence: tip.Divergence, **settings) -> 
         out = distill(student, teacher, select=tip.SoftOr(4), divergence=divergence, labels=labels, **settings)
         grads = torch.autograd.grad(out.loss, leaves)
     return out.loss.detach(), *grads
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("cuda", "triton"), ("xpu", "triton"), ("cpu", "eager"), ("mps", "eager"), ("npu", "eager"), ("meta", "eager")],
+)
+def test_triton_is_chosen_on_the_gpus_that_it_compiles_for(monkeypatch, device, name):
+    """By the device's type alone, which a stand-in has, too: torch knows npu only with its vendor's package."""
+    monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(choice, "TRITON_IS_INSTALLED", True)
+    assert choice.backend_for(SimpleNamespace(type=device)) == name
+    monkeypatch.setattr(choice, "TRITON_IS_INSTALLED", False)
+    assert choice.backend_for(SimpleNamespace(type=device)) == "eager"
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "npu"])
+def test_triton_is_refused_where_it_cannot_run(monkeypatch, device):
+    monkeypatch.setattr(choice, "TRITON_IS_INSTALLED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with tip.backend("triton"), pytest.raises(ValueError, match=f"with tensors on the {device}, which needs"):
+        choice.backend_for(SimpleNamespace(type=device))
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    entered = []
+    for name in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, name), "device_of", lambda x, name=name: entered.append(name))
+    for is_xpu in (True, False):
+        _launch.on_device(SimpleNamespace(is_xpu=is_xpu))
+    assert entered == ["xpu", "cuda"]
 
 
 @pytest.mark.parametrize("source", ["logits", "head", "capped head"])

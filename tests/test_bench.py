@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,20 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_dry_run_goes_through_every_row_and_leaves_no_result():
+EVERY_ROW = (*gpu.TARGETS, "tune fold_kernel", "tune grad_kernel")
+FIRST_ROWS = (_gpu_rows.LOGITS, _gpu_rows.HIDDEN, _gpu_rows.KEEP_FEW, _gpu_rows.KEEP_ALL, _gpu_rows.MEMORY)
+
+
+@pytest.mark.parametrize(("options", "rows"), [([], EVERY_ROW), (["--first"], FIRST_ROWS)], ids=["all", "first"])
+def test_dry_run_goes_through_every_row_and_leaves_no_result(options, rows):
     before = sorted((file, file.stat().st_mtime_ns) for file in gpu.RESULTS.iterdir())
-    run = bench("gpu", "--dry-run")
+    run = bench("gpu", "--dry-run", *options)
     assert run.returncode == 0, run.stdout + run.stderr
     assert sorted((file, file.stat().st_mtime_ns) for file in gpu.RESULTS.iterdir()) == before
     assert run.stdout.startswith("dry run")
-    for row in (*gpu.TARGETS, "tune fold_kernel", "tune grad_kernel"):
+    assert [row for row in EVERY_ROW if f"\n{row}  " in run.stdout or f"\n{row}\n" in run.stdout] == list(rows)
+    assert "every kernel on small shapes: passed" in run.stdout
+    for row in rows:
         table = run.stdout.split(f"\n{row}", 1)[1].split("\n", 2)[2]
         ours = table.split("\n", 1)[0].split()
         assert ours[-5:-1] == ["-"] * 4, ours  # no time, ratio, share or memory
@@ -128,10 +136,17 @@ def test_wrong_statistics_are_found():
 
 
 def test_every_kernel_goes_through_the_sanitizers():
-    source = "\n".join(file.read_text() for file in (ROOT / "tip_kernels" / "kernels").glob("*.py"))
+    source = "\n".join(file.read_text() for file in (ROOT / "tip_kernels" / "backends" / "triton").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
     assert kernels
     assert kernels <= {name for case in _small.cases() for name in case.split(":")[0].split()}
+
+
+@pytest.mark.parametrize("name", _small.cases())
+def test_the_self_test_of_a_gpu_finds_every_kernel_right(name):
+    """Interpreted here, or as it is compiled: `python -m tests.ptx` runs it, too."""
+    case = _small.cases(dry_run=DEVICE == "cpu")[name]
+    assert case(lambda x: x.to(DEVICE), _small.VOCABS_DRY[0]) <= _small.TOLERANCE
 
 
 def test_a_stage_is_stopped_at_its_time_limit():
@@ -158,7 +173,9 @@ class FakeGpu:
     """Stands in for the children of a run on a GPU; commands with a word of `failing` fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, results: Path, failing: tuple[str, ...] = ()) -> None:
-        self.failing, self.commands = failing, []
+        self.failing, self.commands, self.output = failing, [], "output"
+        self.who = {"who": "ours", "time_ms": 1.0, "share_pct": 91.0, "ceiling": "copy", "error": 1e-6}
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(gpu, "RESULTS", results)
         monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}" if "/" not in name else None)
@@ -174,11 +191,10 @@ class FakeGpu:
                 lines.append({"ceilings": {"copy": 4e12, "matmul": 7e14}})
             else:
                 assert json.loads(words[words.index("--ceilings") + 1]) == {"copy": 4e12, "matmul": 7e14}
-                who = {"who": "ours", "time_ms": 1.0, "share_pct": 91.0, "ceiling": "copy", "error": 1e-6}
-                lines.append({"row": next(row for row in gpu.TARGETS if "logits" in row), **who})
+                lines.append({"row": next(row for row in gpu.TARGETS if "logits" in row), **self.who})
             Path(words[words.index("--out") + 1]).write_text("\n".join(map(json.dumps, lines)))
         failed = any(word in self.failing for word in words)
-        return gpu.Ran(9 if failed else 0, "output", 1.0)
+        return gpu.Ran(9 if failed else 0, self.output, 1.0)
 
 
 def test_a_whole_run_is_written_by_device(monkeypatch, tmp_path, capsys):
@@ -192,15 +208,47 @@ def test_a_whole_run_is_written_by_device(monkeypatch, tmp_path, capsys):
     checks = {words[words.index("--tool") + 1] for words in fake.commands if "--tool" in words}
     assert checks == {"memcheck", "racecheck"}
     assert not any("tune" in words for words in fake.commands)
-    assert sum(seconds for name, seconds in gpu.SECONDS.items() if name != "tune") < 9 * 60
 
 
-def test_part_of_a_run_measures_the_ceilings_and_is_not_committed(monkeypatch, tmp_path):
-    fake = FakeGpu(monkeypatch, tmp_path / "results")
+def test_calls_of_at_most_five_minutes_make_a_whole_run():
+    assert all(sum(map(gpu.SECONDS.get, stages)) <= 300 for stages in gpu.CALLS.values())
+    assert {stage for stages in gpu.CALLS.values() for stage in stages} == {*gpu.SECONDS}
+    for options, stages in gpu.CALLS.items():
+        words = options.split()
+        args = SimpleNamespace(first="--first" in words, only=words[1:], tune=False, dry_run=False)
+        assert gpu.chosen(args) == list(stages)
+
+
+def test_calls_add_to_one_file_where_a_row_is_of_one_run(monkeypatch, tmp_path):
+    fake = FakeGpu(monkeypatch, tmp_path)
+    assert gpu.main(["--first"]) == 0
+    timed = [words for words in fake.commands if "--out" in words]
+    assert [words[3] for words in timed] == ["ceilings", "logits", "hidden", "distill", "memory"]
+    assert all("--first" in words for words in timed) and fake.commands[0][2] == "bench._small"
+    assert gpu.main(["--only", "tests"]) == 0
+    fake.who = {"who": "ours, later", "time_ms": 2.0}
     assert gpu.main(["--only", "logits", "--json", str(tmp_path / "part.json")]) == 0
-    assert [words[3] for words in fake.commands] == ["ceilings", "logits"]
-    assert (tmp_path / "part.json").exists()
-    assert not (tmp_path / "results").exists()
+    report = json.loads((tmp_path / "nvidia-h200.json").read_text())
+    assert {*report["stages"]} == {*gpu.FIRST, "tests"} and report["tests"]["ok"] and report["selftest"]["ok"]
+    assert [row["who"] for row in report["rows"]] == ["ours, later"]
+    assert {*json.loads((tmp_path / "part.json").read_text())["stages"]} == {"ceilings", "logits"}
+
+
+def test_a_stage_that_failed_and_then_passed_is_not_said_to_fail(monkeypatch, tmp_path):
+    FakeGpu(monkeypatch, tmp_path, failing=("hidden", "memory"))
+    assert gpu.main(["--first"]) == 1
+    FakeGpu(monkeypatch, tmp_path)
+    assert gpu.main(["--only", "hidden"]) == 0
+    assert json.loads((tmp_path / "nvidia-h200.json").read_text())["failed"] == ["memory: failed (9), 1 s"]
+
+
+def test_one_failed_test_does_not_hide_the_rest(monkeypatch, tmp_path):
+    fake = FakeGpu(monkeypatch, tmp_path, failing=("pytest",))
+    fake.output = "tests/test_a.py::one PASSED\nFAILED tests/test_a.py::two - assert 0\nFAILED tests/test_b.py::three"
+    assert gpu.main(["--only", "tests"]) == 1
+    assert "-x" not in fake.commands[0]
+    report = json.loads((tmp_path / "nvidia-h200.json").read_text())
+    assert report["tests"]["failed"] == ["tests/test_a.py::two", "tests/test_b.py::three"]
 
 
 @pytest.mark.parametrize("failing", ["racecheck", "pytest", "hidden"])

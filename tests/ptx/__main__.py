@@ -1,4 +1,4 @@
-"""Runs the tests of the kernels on compiled code: see this package's docstring."""
+"""Runs the tests of the kernels, and the self-test that a GPU gets first, on compiled code: see `ptx`'s docstring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ import pytest
 
 from . import arithmetic, driver
 
-TESTS = Path(__file__).parents[1] / "test_kernels.py"
+FOLDER = Path(__file__).parents[1]
+TESTS = [
+    FOLDER / "test_kernels.py",
+    f"{FOLDER / 'test_bench.py'}::test_the_self_test_of_a_gpu_finds_every_kernel_right",
+]
 # Tests that are of no use here: of tensor cores, of the interpreter, those that compile in a process of their own, and
 # that of far rows, which test_ptx.py runs.
 ELSEWHERE = {
@@ -41,7 +45,7 @@ class OnCompiledCode:
     @pytest.hookimpl(tryfirst=True)  # before -k
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         assert {item.originalname for item in items} >= ELSEWHERE, "a test has another name now"
-        items[:] = [item for item in items if item.originalname not in ELSEWHERE]
+        items[:] = [i for i in items if i.originalname not in ELSEWHERE and "linear_kernel" not in i.name]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
@@ -71,12 +75,13 @@ def main() -> int:
     parser.add_argument("--errors", choices=arithmetic.MODES, default="exact", help="of approximate instructions")
     parser.add_argument("-k", metavar="WORDS", default="", help="tests, as pytest chooses them")
     options = parser.parse_args()
-    arithmetic.mode = options.errors
+    arithmetic.mode = os.environ["TIP_KERNELS_TEST_ERRORS"] = options.errors
     ran = OnCompiledCode()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         driver.install(options.target)
-        code = pytest.main([str(TESTS), "-k", options.k, "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[ran])
+        quiet = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+        code = pytest.main([*map(str, TESTS), "-k", options.k, *quiet], plugins=[ran])
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(ran.outcomes.items())))
     print(summary(options.target))
     return int(code)

@@ -19,6 +19,7 @@ def _is_installed(module: str) -> bool:
 
 NAMES = ("eager", "triton")
 ENVIRONMENT = "TIP_KERNELS_BACKEND"
+TRITON_DEVICES = ("cuda", "xpu")  # a GPU of AMD is "cuda" to torch
 TRITON_IS_INSTALLED = _is_installed("triton")
 _requested: str | None = None  # a plain global, whose change torch.compile notices; a context variable it cannot read
 # device type: the backend that work on it takes now, where one was asked for and can run there, or none was asked for.
@@ -57,14 +58,14 @@ def backend_for(device: torch.device) -> str:
     if name is not None:
         _check_name(ENVIRONMENT, name)
     if name is None:
-        return "triton" if TRITON_IS_INSTALLED and device.type == "cuda" else "eager"
+        return "triton" if TRITON_IS_INSTALLED and device.type in TRITON_DEVICES else "eager"
     if name == "triton":
         if not TRITON_IS_INSTALLED:
             raise ValueError("backend: 'triton' was asked for, but triton is not installed: pip install triton")
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                "backend: 'triton' was asked for with tensors on the cpu, which needs TRITON_INTERPRET=1 set before "
-                "triton is first imported (the interpreter is slow: for tests), or tensors on a GPU"
+                f"backend: 'triton' was asked for with tensors on the {device.type}, which needs TRITON_INTERPRET=1 "
+                "set before triton is first imported (the interpreter is slow: for tests), or tensors on a GPU"
             )
     return name
 
@@ -76,7 +77,7 @@ def _check_name(source: str, name: object) -> None:
 
 def _choose() -> None:
     """Brings CHOSEN up to date; what cannot run is left out, and refused where the work starts."""
-    for kind in ("cpu", "cuda"):
+    for kind in ("cpu", *TRITON_DEVICES):
         try:
             CHOSEN[kind] = backend_for(torch.device(kind))
         except ValueError:

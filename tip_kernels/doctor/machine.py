@@ -12,7 +12,7 @@ import torch
 
 import tip_kernels as tip
 from tip_kernels import _versions
-from tip_kernels.backends.choice import ENVIRONMENT, TRITON_IS_INSTALLED, backend_for
+from tip_kernels.backends.choice import ENVIRONMENT, TRITON_DEVICES, TRITON_IS_INSTALLED, backend_for
 
 Facts = dict[str, object]
 
@@ -70,8 +70,8 @@ def backend_facts(device: torch.device) -> Facts:
         return {"backend": None, "why": str(error)}
     if asked:
         why = f"{ENVIRONMENT}={asked}"
-    elif device.type != "cuda":
-        why = f"Triton kernels run on GPUs, the device is {device.type}"
+    elif device.type not in TRITON_DEVICES:
+        why = f"Triton kernels run on {' and '.join(TRITON_DEVICES)} (AMD's is cuda, too), the device is {device.type}"
     else:
         why = "a GPU, and triton is installed" if TRITON_IS_INSTALLED else "triton is not installed"
     return {"backend": name, "why": why}

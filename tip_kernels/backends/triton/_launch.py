@@ -6,6 +6,8 @@ Ops take tensors and numbers; what turns logits into z is six of them, which `ma
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 from torch import Tensor
@@ -60,6 +62,6 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
 
 
-def on_device(x: Tensor) -> torch.cuda.device_of:
+def on_device(x: Tensor) -> AbstractContextManager:
     """Context in which launches go to x's device, as models spread over several GPUs need."""
-    return torch.cuda.device_of(x)
+    return torch.xpu.device_of(x) if x.is_xpu else torch.cuda.device_of(x)

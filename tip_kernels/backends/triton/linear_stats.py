@@ -27,6 +27,20 @@ from .row_stats import PART, RowState, finish, new_state, store_rows
 
 
 @triton.jit
+def _described(matrix, stride, n_rows, width, ROWS: tl.constexpr, K: tl.constexpr):
+    """A matrix as a descriptor of blocks: as it came from the host, or of a pointer and a stride.
+
+    Before sm_90 there are no bulk copies. What the host describes is taken apart there, and nothing says then that rows
+    start at multiples of 16 bytes: they would be loaded element by element.
+    """
+    if stride is None:
+        return matrix
+    else:
+        stride = tl.multiple_of(stride.to(tl.int64), 128 // matrix.dtype.element_ty.primitive_bitwidth)
+        return tl.make_tensor_descriptor(matrix, [n_rows, width], [stride, 1], [ROWS, K])
+
+
+@triton.jit
 def _product(model, row, column, ROWS: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr):
     """fp32 hidden @ weight.T of a block of rows and a tile of columns."""
     acc = tl.zeros([ROWS, COLS], tl.float32)
@@ -75,14 +89,17 @@ def _fold_half(s, t, pair, model_s, model_t, acc_s, acc_t, at, n_cols):
     return merge(s, t, pair, new_s, new_t, new)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_cols", "n_parts"])
+@triton.jit(do_not_specialize=["n_rows", "n_cols", "n_parts", "stride_h_s", "stride_w_s", "stride_h_t", "stride_w_t"])
 def linear_kernel(
     state_ptr, hidden_s, weight_s, bias_s_ptr, hidden_t, weight_t, bias_t_ptr, temperature_ptr,
     temperature, outer_s, inner_s, outer_t, inner_t,
-    n_rows, n_cols, width_s, width_t, n_parts,
+    n_rows, n_cols, width_s, width_t, stride_h_s, stride_w_s, stride_h_t, stride_w_t, n_parts,
     PART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Folds part `pid // blocks` of row block `pid % blocks` into state[field, part, row]."""
+    """Folds part `pid // blocks` of row block `pid % blocks` into state[field, part, row].
+
+    hidden, weight: descriptors with strides None, or pointers.
+    """
     blocks = tl.cdiv(n_rows, ROWS)
     part = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks) * ROWS
@@ -91,6 +108,11 @@ def linear_kernel(
     zero = tl.zeros([ROWS], tl.float32)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + rows, mask=live, other=1.0)
+    hidden_s = _described(hidden_s, stride_h_s, n_rows, width_s, ROWS, K)
+    weight_s = _described(weight_s, stride_w_s, n_cols, width_s, COLS, K)
+    if hidden_t is not None:
+        hidden_t = _described(hidden_t, stride_h_t, n_rows, width_t, ROWS, K)
+        weight_t = _described(weight_t, stride_w_t, n_cols, width_t, COLS, K)
     model_s = Projection(hidden_s, weight_s, width_s, bias_s_ptr, inner_s, zero + half_unit(outer_s, temperature))
     model_t = Projection(hidden_t, weight_t, width_t, bias_t_ptr, inner_t, zero + half_unit(outer_t, temperature))
     s, t, pair = One(zero + FLOOR, zero, zero), One(zero + FLOOR, zero, zero), Pair(zero, zero, zero, zero, zero)
@@ -121,15 +143,18 @@ def linear_kernel(
 # ---- launch
 
 
-def linear_config(teacher: bool, plain: bool) -> dict[str, int | bool]:
+def linear_config(teacher: bool, plain: bool, fp32: bool = False) -> dict[str, int | bool]:
     """Pinned launch settings of `linear_kernel`: the largest tiles that compile without spills. Not yet timed.
 
-    plain: without bias and softcap.
+    plain: without bias and softcap. fp32: of operands, whose exact products no tensor core takes.
     """
     backend, arch = target()
     config = {"ROWS": 128, "COLS": 128, "K": 64, "num_warps": 8, "num_stages": 4}
     if not backend:
         config |= {"ROWS": 16, "COLS": 256, "K": 32}  # the interpreter: few, large steps
+    elif fp32:
+        config |= {"ROWS": 32, "COLS": 32 if teacher else 64, "K": 16, "num_warps": 4}
+        config |= {"num_stages": 2 if backend == "hip" else 3}
     elif backend == "hip":
         config |= {"num_stages": 2}
     elif arch < 90:
@@ -203,18 +228,32 @@ def _fold_linear(
     if n_rows == 0:
         return
     plain = bias_s is None and bias_t is None and inner_s is None and inner_t is None
-    config = linear_config(teacher, plain)
-    rows, cols = [config["ROWS"], config["K"]], [config["COLS"], config["K"]]
+    config = linear_config(teacher, plain, torch.float32 in {hidden_s.dtype, *((hidden_t.dtype,) if teacher else ())})
+    matrices, strides = _operands(
+        (hidden_s, hidden_t), config["ROWS"], (weight_s, weight_t), config["COLS"], config["K"]
+    )
     blocks, parts = triton.cdiv(n_rows, config["ROWS"]), sums.shape[1]
     with on_device(hidden_s):
         linear_kernel[(blocks * parts,)](
-            sums,
-            TensorDescriptor.from_tensor(hidden_s, rows), TensorDescriptor.from_tensor(weight_s, cols), bias_s,
-            TensorDescriptor.from_tensor(hidden_t, rows) if teacher else None,
-            TensorDescriptor.from_tensor(weight_t, cols) if teacher else None, bias_t,
-            aligned(temperatures), temperature, outer_s, inner_s, outer_t, inner_t,
-            n_rows, vocab, hidden_s.shape[1], hidden_t.shape[1] if teacher else 0, parts, PART=part, **config,
+            sums, *matrices[:2], bias_s, *matrices[2:], bias_t, aligned(temperatures),
+            temperature, outer_s, inner_s, outer_t, inner_t,
+            n_rows, vocab, hidden_s.shape[1], hidden_t.shape[1] if teacher else 0, *strides, parts, PART=part, **config,
         )  # fmt: skip
+
+
+def _operands(
+    hidden: tuple[Tensor, Tensor | None], rows: int, weight: tuple[Tensor, Tensor | None], cols: int, k: int
+) -> tuple[list[TensorDescriptor | Tensor | None], list[int | None]]:
+    """(hidden_s, weight_s, hidden_t, weight_t) and their strides as `linear_kernel` takes them."""
+    backend, arch = target()
+    by_host = backend != "cuda" or arch >= 90
+    matrices, strides = [], []
+    for pair in zip(hidden, weight, strict=True):
+        for x, block in zip(pair, (rows, cols), strict=True):
+            described = by_host and x is not None
+            matrices.append(TensorDescriptor.from_tensor(x, [block, k]) if described else x)
+            strides.append(None if by_host or x is None else x.stride(0))
+    return matrices, strides
 
 
 def describable(x: Tensor) -> bool:

@@ -123,7 +123,7 @@ def grad_kernel(
         slope *= inner_s
     upstream, values, finite = _load_rows(rows, slot)
     label, some = _load_label(label, slot, first_column, slope, 2.0 * half_unit(outer_s, 1.0))
-    w = upstream * (slope / temperature)
+    w = upstream * tl.div_rn(slope, temperature)
     out = out_ptr + tl.multiple_of((row if SCATTER else slot) * stride_out, ALIGNED)
 
     lane = tl.arange(0, TILE)

@@ -4,7 +4,8 @@
 
 A row is cut into parts of PART columns, one program each; a second kernel merges a row's parts in column order and
 writes the statistics (formulas: `_online.py`). PART, TILE and the order of every sum are fixed, so a row's bits depend
-on nothing but its logits and settings: not on N, its neighbours, the run, or whether the logits came whole or as tiles.
+on nothing but its logits and settings: not on N, its neighbours, the run, whether the logits came whole or as tiles, or
+the dtype, stride and alignment that they came in.
 
 A part is read with per-lane sums and a shift taken from its first columns (`_part_lanes`); that needs no maximum in
 the loop. A part that rises far above its first columns is read once more over a better shift. Where lanes cannot be
@@ -248,7 +249,7 @@ def _load_top(ptr, stride, FIRST: tl.constexpr, live):
 @triton.jit
 def _margin(top, one, outer, temperature):
     """Top-1 minus top-2 in nats; +inf with fewer than two finite logits, NaN for a row that is not alive."""
-    margin = (top.first - top.second) * (outer / temperature)
+    margin = (top.first - top.second) * tl.div_rn(outer, temperature)
     margin = tl.where(top.second > FLOOR, margin, float("inf"))
     return tl.where(alive(one), margin, float("nan"))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._family import KINDS, NEVER, at_least_never, sum_terms
 from ._launch import aligned, fp32, map_arguments, on_device, row_alignment, warp
-from ._online import Model, capped, half_unit, widen
+from ._online import Model, capped, half_unit, total, widen
 from .row_grad import NORMALISERS, Term, check_tiles, load_normaliser, log2_p
 from .row_stats import PART, read_tiles
 
@@ -83,8 +83,8 @@ def sums_kernel(
         raw_t = tl.load(t.row + column + lane, mask=inside, other=0.0)
         sums = _tile_sums(raw_s, raw_t, inside, s, t, values, numbers, sums, TERMS)
     for i in tl.static_range(2 * len(TERMS)):
-        total = tl.where(row >= 0, tl.sum(sums[i]), float("nan"))
-        tl.store(out_ptr + (i * n_parts + part).to(tl.int64) * n_slots + slot, total)
+        value = tl.where(row >= 0, total(sums[i]), float("nan"))
+        tl.store(out_ptr + (i * n_parts + part).to(tl.int64) * n_slots + slot, value)
 
 
 @triton.jit(do_not_specialize=["n_slots", "n_parts"])
