@@ -723,3 +723,33 @@ def lose_a_rank(rank: int, way: str, folder: str) -> None:
             tip.token_stats(head)
     except RuntimeError as error:
         Path(folder, "said.json").write_text(json.dumps([str(error), time.monotonic() - start]))
+
+
+# ---- the end of a process
+
+
+def vocabulary_parallel_losses(group: dist.ProcessGroup) -> list:
+    """What every way to a loss leaves behind on a rank, graphs included; nothing here keeps the head."""
+    rank, count = dist.get_rank(group), dist.get_world_size(group)
+    weight = leaf(normal(20, 8, seed=2).chunk(count)[rank])
+    head, teacher = tip.Head(leaf(normal(6, 8, seed=1)), weight, vocab_group=group), normal(6, 20, seed=3)
+    ways = [distill(head, teacher, select=tip.KeepAll(), divergence=d) for d in (tip.ReverseKL(), tip.JSD(0.3))]
+    ways.append(distill(head, teacher, select=tip.SoftOr(0.5, scope="global", group=group), backward=True))
+    return [*ways, tip.divergence_loss(head, head), tip.token_stats(head, teacher)]
+
+
+def end_runs(folder: str, runs: int) -> None:
+    """Prints the exit codes of both ranks of as many runs, which end with a loss that is referenced."""
+    torch.set_num_threads(1)
+    codes = []
+    for run in range(runs):
+        children = []
+        for rank in (0, 1):
+            child = os.fork()
+            if child == 0:  # which ends as any interpreter does
+                dist.init_process_group("gloo", f"file://{folder}/{run}", timedelta(seconds=60), rank=rank, world_size=2)
+                sys.modules["__main__"].kept = vocabulary_parallel_losses(dist.group.WORLD)
+                return dist.destroy_process_group()
+            children.append(child)
+        codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes))

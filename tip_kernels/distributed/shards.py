@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shard:
-    """Which columns of the vocabulary this rank has: [bounds[rank], bounds[rank + 1]), padding cut off."""
+    """Which columns of the vocabulary this rank has: [bounds[rank], bounds[rank + 1]), padding cut off.
 
-    group: ProcessGroup
+    Autograd graphs hold shards, and torch aborts a process at whose exit a group is left: so a shard does not keep it.
+    """
+
+    group_ref: weakref.ref[ProcessGroup]
     rank: int
     bounds: tuple[int, ...]  # of all ranks, (P + 1,), ascending from 0 to the vocabulary
+
+    @property
+    def group(self) -> ProcessGroup:
+        group = self.group_ref()
+        if group is None:
+            raise RuntimeError(
+                "tip_kernels: expected the process group of vocab_group until the last backward of its losses, got one "
+                "that destroy_process_group() has ended"
+            )
+        return group
 
     @property
     def first(self) -> int:
@@ -66,7 +80,7 @@ def shard_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: in
     bounds = [0]
     for count in rows:
         bounds.append(min(bounds[-1] + count, vocab))
-    return Shard(group, dist.get_rank(group), tuple(bounds))
+    return Shard(weakref.ref(group), dist.get_rank(group), tuple(bounds))
 
 
 def is_dtensor(x: object) -> bool:
