@@ -747,7 +747,9 @@ def end_runs(folder: str, runs: int) -> None:
         for rank in (0, 1):
             child = os.fork()
             if child == 0:  # which ends as any interpreter does
-                dist.init_process_group("gloo", f"file://{folder}/{run}", timedelta(seconds=60), rank=rank, world_size=2)
+                dist.init_process_group(
+                    "gloo", f"file://{folder}/{run}", timedelta(seconds=60), rank=rank, world_size=2
+                )
                 sys.modules["__main__"].kept = vocabulary_parallel_losses(dist.group.WORLD)
                 return dist.destroy_process_group()
             children.append(child)

@@ -30,6 +30,9 @@ def batch(whole_teacher=False, seed=0):
     listed = [t.log_softmax(-1).topk(K) for t in teacher]
     mask = [torch.ones(r, dtype=torch.int64) for r in RESPONSES]
     mask[0][2] = 0  # a tool's token
+    for sequence, (ids, logp) in enumerate((x.indices, x.values) for x in listed):  # verl pads the rows of no response
+        unused = [lengths[sequence] - 1, *([PROMPTS[0] + 1] if sequence == 0 else [])]
+        ids[unused], logp[unused] = 0, 0.0
     data = {
         "prompts": nested(torch.zeros(p, dtype=torch.int64) for p in PROMPTS),
         "responses": nested(torch.zeros(r, dtype=torch.int64) for r in RESPONSES),

@@ -60,7 +60,7 @@ def divergence_loss(
     Raises ValueError naming the argument. Source of the gradients: learn/divergences.py.
     """
     divergence = ReverseKL() if divergence is None else divergence
-    request = Request.checked(student, teacher, temperature=temperature, workspace_mib=workspace_mib)
+    request = Request.checked(student, teacher, temperature=temperature, workspace_mib=workspace_mib, rows_follow=True)
     pair = request.pair
     if not isinstance(divergence, Divergence):
         refuse("divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
@@ -68,6 +68,8 @@ def divergence_loss(
         check_beside_topk(divergence, pair.topk.tail)
     _check_layout(grad_logits, student)
     ids = _checked_ids(kept, pair)
+    if pair.topk is not None or isinstance(request.temperature, Tensor):
+        request.check_values(None if kept is None else ids)
     labels = _checked_labels(stats, divergence, pair)
     objective = Objective(divergence, request.temperature, labels)
     measured = None if stats is None or stats._partial else measured_at(stats, pair, objective, ids)

@@ -22,7 +22,7 @@ from tip_kernels.backends.choice import CHOSEN, backend_for
 from tip_kernels.distributed.collectives import is_group
 from tip_kernels.distributed.shards import Shard, own_shard, replicated, shard_of, whole
 from tip_kernels.sources.topk import TopK, TopKRows, check_request
-from tip_kernels.stats import check_label_range
+from tip_kernels.stats import IGNORE_LABEL, check_label_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -410,10 +410,11 @@ class Request:
         top_k: int = 0,
         margins: bool = False,
         alone: bool = False,
+        rows_follow: bool = False,
     ) -> Request:
         """The request, or a ValueError that names the argument, the form expected and what was given.
 
-        alone allows a student without a teacher.
+        alone allows a student without a teacher; rows_follow leaves values to `check_values`.
         """
         rows_s = rows_of(student, "student")
         pair = Pair(rows_s) if teacher is None and alone else _pair_of(rows_s, teacher)
@@ -424,16 +425,31 @@ class Request:
         if pair.topk is not None:
             check_request(temperature, margins=margins, top_k=top_k)
         shape, device = rows_s.batch_shape, rows_s.device
-        temperature = row_temperature(temperature, shape, device)
+        temperature = row_temperature(temperature, shape, device, checked=False)
         if labels is not None:
-            labels = flat_rows("labels", labels, shape, (torch.int64,), device)
-            if not torch.compiler.is_compiling():  # the compiled op looks at them when it runs
-                check_label_range(labels, pair.vocab)
-            labels = labels.clone()  # the statistics keep it, the caller may change it
+            labels = flat_rows("labels", labels, shape, (torch.int64,), device).clone()  # the statistics keep it
         if row_mask is not None:
             on_cpu = isinstance(row_mask, Tensor) and row_mask.device.type == "cpu"
             row_mask = flat_rows("row_mask", row_mask, shape, (torch.bool,), row_mask.device if on_cpu else device)
-        return cls(pair, labels, temperature, row_mask, rollout_ids, workspace_bytes(workspace_mib), top_k)
+            if on_cpu:  # then masked rows are not even measured, whatever they hold
+                labels = None if labels is None else labels.where(row_mask.to(device), IGNORE_LABEL)
+                if isinstance(temperature, Tensor):
+                    temperature = temperature.where(row_mask.to(device), 1.0)
+        request = cls(pair, labels, temperature, row_mask, rollout_ids, workspace_bytes(workspace_mib), top_k)
+        if not rows_follow and (labels is not None or pair.topk is not None or isinstance(temperature, Tensor)):
+            request.check_values(row_mask)
+        return request
+
+    def check_values(self, rows: Tensor | None) -> None:
+        """Whether temperatures, labels and a listed teacher are sound in the given rows; on a CPU only."""
+        if self.pair.device.type != "cpu":
+            return
+        if not torch.compiler.is_compiling():  # the compiled op looks at them when it runs
+            check_temperatures(self.temperature, rows)
+            if self.labels is not None:
+                check_label_range(self.labels if rows is None else self.labels[rows], self.pair.vocab)
+        if self.pair.topk is not None:
+            self.pair.topk.check_values(self.pair.vocab, rows)
 
 
 def rows_of(source: Tensor | Head | None, name: str) -> Rows:
@@ -458,7 +474,6 @@ def _pair_of(student: Rows, teacher: Tensor | Head | TopK | None) -> Pair:
             form = "logits or a Head, since the student's vocab_group shares out the vocabulary"
             refuse("teacher", form, teacher)
         topk = TopKRows(teacher)
-        topk.check_vocab(student.vocab)
         _check_rows(student, topk)
         return Pair(student, topk)
     rows_t = rows_of(teacher, "teacher")
@@ -494,21 +509,29 @@ def _check_rows(student: Rows, teacher: Rows | TopKRows) -> None:
 
 
 def row_temperature(
-    value: object, batch_shape: tuple[int, ...], device: torch.device, rows: Tensor | None = None
+    value: object,
+    batch_shape: tuple[int, ...],
+    device: torch.device,
+    rows: Tensor | None = None,
+    *,
+    checked: bool = True,
 ) -> float | Tensor:
-    """A temperature as a positive float, or as a detached fp32 (N,) tensor.
-
-    Values are checked on a CPU only, those of the given rows where there are any.
-    """
+    """A temperature as a positive float, or as a detached fp32 (N,) tensor, checked in the given rows."""
     if not isinstance(value, Tensor):
         plain = isinstance(value, float) and 0.0 < value < math.inf
         return float(value) if plain else finite_number("temperature", value, positive=True)
     flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling():  # the compiled op checks when it runs
-        checked = flat if rows is None else flat[rows]
-        if not bool((torch.isfinite(checked) & (checked > 0)).all()):
-            refuse("temperature", "finite values above 0", value)
+    if checked and not torch.compiler.is_compiling():  # the compiled op checks when it runs
+        check_temperatures(flat, rows)
     return flat
+
+
+def check_temperatures(value: float | Tensor, rows: Tensor | None) -> None:
+    """Refuses temperatures (N,) of the given rows that are no finite number above 0; on a CPU only."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        value = value if rows is None else value[rows]
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            refuse("temperature", "finite values above 0", value)
 
 
 def workspace_bytes(value: object) -> int:

@@ -55,8 +55,8 @@ class TopK:
     an outcome that its first allows. Loss and gradient take the student's projection only, in tiled torch on every
     backend; a few (N, K) tensors come beside the workspace.
 
-    Values are checked on a CPU; on CUDA an id outside the vocabulary makes its row NaN. Raises ValueError naming the
-    argument. Does not synchronise.
+    Values are checked on a CPU, where rows are used: what a masked row holds is no matter. On CUDA an id outside the
+    vocabulary makes its row NaN. Raises ValueError naming the argument. Does not synchronise.
     """
 
     ids: Tensor
@@ -76,19 +76,6 @@ class TopK:
             object.__setattr__(self, "tail", "renormalize")
         ok = isinstance(self.tail, str) and self.tail in TAILS
         expect(ok, "tail", "'bucket', 'ignore' or 'renormalize'", self.tail)
-        if ids.device.type == "cpu" and ids.numel():
-            low = int(ids.min())
-            expect(low >= ABSENT, "ids", "token ids, or -1 for an absent entry", low)
-            ordered = ids.sort(-1).values
-            twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != ABSENT)
-            if bool(twice.any()):
-                raise ValueError(f"ids: expected no id twice in a row, got {int(ordered[..., 1:][twice][0])} twice")
-            total = logp.detach().float().masked_fill(ids == ABSENT, -math.inf).exp().sum(-1)
-            if bool((total > TOO_MUCH).any()):
-                most = float(total.nan_to_num(0.0, posinf=math.inf).max())
-                raise ValueError(
-                    f"logp: expected log-probabilities, of sum at most 1 in a row, got a sum of {most:.3g}"
-                )
 
     @classmethod
     def from_prompt_logprobs(
@@ -145,11 +132,27 @@ class TopKRows:
     def with_leaves(self, leaves: tuple[Tensor, ...]) -> TopKRows:
         return self
 
-    def check_vocab(self, vocab: int) -> None:
-        """Whether every id is one of the student's; on a CPU only."""
-        if self.device.type == "cpu" and self.ids.numel():
-            highest = int(self.ids.max())
-            expect(highest < vocab, "teacher", f"ids below the student's vocabulary of {vocab} entries", highest)
+    def check_values(self, vocab: int, rows: Tensor | None) -> None:
+        """Whether the given rows (all unless given) list tokens of the student's, once each; on a CPU only."""
+        if self.device.type != "cpu" or not self.ids.numel():
+            return
+        ids, logp = (self.ids, self.logp) if rows is None else (self.ids[rows], self.logp[rows])
+        outside = ids[(ids < ABSENT) | (ids >= vocab)]
+        if outside.numel():
+            form = f"token ids below the student's vocabulary of {vocab} entries, or -1 for an absent entry"
+            expect(False, "teacher", f"a TopK of {form}", int(outside[0]))
+        ordered = ids.sort(-1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT)
+        if bool(twice.any()):
+            raise ValueError(
+                f"teacher: expected a TopK with no id twice in a row, got {int(ordered[:, 1:][twice][0])} twice"
+            )
+        total = logp.float().masked_fill(ids == ABSENT, -math.inf).exp().sum(-1)
+        if bool((total > TOO_MUCH).any()):
+            most = float(total.nan_to_num(0.0, posinf=math.inf).max())
+            raise ValueError(
+                f"teacher: expected a TopK of log-probabilities, of sum at most 1 in a row, got a sum of {most:.3g}"
+            )
 
     def log_outcomes(self, rows: Tensor | slice, vocab: int, no_rest: Tensor) -> Tensor:
         """log t of some rows: (R, K + 1) with a bucket for the rest, else (R, K); fp32, NaN in rows without an entry.
