@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -429,14 +429,11 @@ class Request:
         if labels is not None:
             labels = flat_rows("labels", labels, shape, (torch.int64,), device).clone()  # the statistics keep it
         if row_mask is not None:
-            on_cpu = isinstance(row_mask, Tensor) and row_mask.device.type == "cpu"
-            row_mask = flat_rows("row_mask", row_mask, shape, (torch.bool,), row_mask.device if on_cpu else device)
-            if on_cpu:  # then masked rows are not even measured, whatever they hold
-                labels = None if labels is None else labels.where(row_mask.to(device), IGNORE_LABEL)
-                if isinstance(temperature, Tensor):
-                    temperature = temperature.where(row_mask.to(device), 1.0)
+            row_mask = _checked_mask(row_mask, shape, device)
+            if row_mask.device.type == "cpu":  # then masked rows are not even measured, whatever they hold
+                labels, temperature = _of_rows_in_use(row_mask.to(device), labels, temperature)
         request = cls(pair, labels, temperature, row_mask, rollout_ids, workspace_bytes(workspace_mib), top_k)
-        if not rows_follow and (labels is not None or pair.topk is not None or isinstance(temperature, Tensor)):
+        if not rows_follow:
             request.check_values(row_mask)
         return request
 
@@ -450,6 +447,20 @@ class Request:
                 check_label_range(self.labels if rows is None else self.labels[rows], self.pair.vocab)
         if self.pair.topk is not None:
             self.pair.topk.check_values(self.pair.vocab, rows)
+
+
+def _checked_mask(row_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) bool, on the device or on a CPU."""
+    on_cpu = isinstance(row_mask, Tensor) and row_mask.device.type == "cpu"
+    return flat_rows("row_mask", row_mask, shape, (torch.bool,), row_mask.device if on_cpu else device)
+
+
+def _of_rows_in_use(mask: Tensor, labels: Tensor | None, temperature: float | Tensor) -> tuple[Any, Any]:
+    """Labels and temperatures with harmless ones in masked rows."""
+    return (
+        None if labels is None else labels.where(mask, IGNORE_LABEL),
+        temperature.where(mask, 1.0) if isinstance(temperature, Tensor) else temperature,
+    )
 
 
 def rows_of(source: Tensor | Head | None, name: str) -> Rows:
