@@ -683,10 +683,10 @@ def the_main_job_in_micro_batches_takes_the_same_step(group):
 
 
 @check(4)
-def the_readme_s_block_runs(group):
+def the_page_s_block_runs(group):
     """On two ranks of rows, each of two shards."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = re.findall(r"## Past one device\n.*?```python\n(.*?)```", readme, flags=re.S)
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "distributed.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     rank = dist.get_rank(group)
     rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
     shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]

@@ -511,6 +511,30 @@ def test_a_teacher_may_be_what_a_serving_engine_returned():
     assert out.loss.item() == pytest.approx(own_loss(student, teacher, batch).mean().item(), rel=1e-4)
 
 
+def test_a_top_k_teacher_of_every_position_loses_its_last_row():
+    student, batch = tiny(seed=1), batch_of()
+    logp = torch.randn(*batch["input_ids"].shape, V).log_softmax(-1).topk(5)
+    whole, cut = (tip.TopK(logp.indices[:, part], logp.values[:, part]) for part in (slice(None), slice(None, -1)))
+    batch |= {"labels": batch["input_ids"]}
+    losses = [distill_batch(student, teacher, batch, select=tip.KeepAll()).loss for teacher in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def test_a_row_mask_narrows_what_the_batch_says_and_adakd_passes():
+    student, teacher, batch = tiny(seed=1), tiny(seed=2), batch_of()
+    batch |= {"labels": batch["input_ids"].masked_fill(torch.arange(9) < 3, -100)}
+    narrower = torch.arange(8).expand(3, 8) % 2 == 0
+    out = distill_batch(student, teacher, batch, select=tip.KeepAll(), row_mask=narrower)
+    every = distill_batch(student, teacher, batch, select=tip.KeepAll()).kept.mask.view(3, 8)
+    assert torch.equal(out.kept.mask.view(3, 8), every & narrower)
+    mask = batch["labels"][:, 1:] != -100
+    adakd = distill_batch(student, teacher, batch, **tip.adakd(0.5, row_mask=mask))
+    assert 0 < int(adakd.plan.kept_rows) <= int(mask.sum()) // 2
+    for wrong in (narrower[:, :-1], narrower.long(), True):
+        with pytest.raises(ValueError, match="row_mask: expected a bool tensor"):
+            distill_batch(student, teacher, batch, row_mask=wrong)
+
+
 def test_a_batch_without_a_learned_token_gives_a_zero_that_is_in_the_graph():
     student, teacher, batch = pair_and_batch()
     batch["labels"].fill_(-100)

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
 
 
 def step_of(trainer, before):
@@ -651,8 +651,8 @@ def test_trls_own_example_runs_with_the_names_swapped(tmp_path, monkeypatch):
     assert (tmp_path / "student-Distillation").is_dir()
 
 
-def test_readmes_swap_runs(tmp_path):
-    section = README.split("## With TRL")[1].split("\n## ")[0]
+def test_the_swap_of_the_page_runs(tmp_path):
+    section = PAGE.split("## TRL")[1].split("\n## ")[0]
     block = re.search(r"```diff\n(.*?)```", section, flags=re.S)[1]
     code = "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-"))
     texts, _ = rollouts_of(8)

@@ -114,14 +114,16 @@ def distill_batch(
 
     Args:
         student: A model as head_of takes it.
-        teacher: Another one, run without gradients in the mode it is in; or a source of rows (B, T - 1).
+        teacher: Another one, run without gradients in the mode it is in; or a source of rows (B, T - 1); or a TopK of
+            rows (B, T), as from_prompt_logprobs makes it, of which the last predicts nothing here.
         batch: input_ids (B, T) and what else the models' forwards take; labels (B, T), -100 where nothing is learned,
             or completion_mask (B, T), 1 on the tokens to learn; with both, both must allow a token.
         vocab_size: Slices both models' vocabularies, where their padding differs.
         num_items_in_batch: As Trainer.compute_loss gets it: the tokens with a label in all micro-batches of the step.
             The loss is then the mean over kept tokens times this batch's share of those tokens.
         **options: Of tip_kernels.distill: select, divergence, temperature, ...; its rows are (B, T - 1), row t
-            predicting token t + 1; row_mask and labels are made here.
+            predicting token t + 1; labels are made here, and a row_mask (B, T - 1), as adakd hands one on, narrows
+            what the batch says.
 
     Returns:
         What tip_kernels.distill returns: loss, stats, kept and plan.
@@ -129,7 +131,7 @@ def distill_batch(
     Raises:
         ValueError: Naming the argument.
     """
-    mask, labels = _rows(batch)
+    mask, labels = _rows(batch, options.pop("row_mask", None))
     inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     rows = head_of(student, vocab_size=vocab_size, logits_to_keep=slice(None, -1), **inputs)
     ok = rows.hidden.shape[:2] == mask.shape
@@ -137,6 +139,8 @@ def distill_batch(
     if isinstance(teacher, nn.Module):
         with torch.no_grad():
             teacher = head_of(teacher, vocab_size=vocab_size, logits_to_keep=slice(None, -1), **inputs)
+    elif isinstance(teacher, TopK):
+        teacher = _without_last(teacher, mask.shape)
     reads = (options.get("divergence") or ReverseKL()).needs | (options.get("select") or SoftOr(0.5)).needs
     if options.get("ce_weight") or reads & LABEL_FIELDS:
         expect(labels is not None, "batch", "labels or input_ids, since the loss reads tokens", tuple(batch))
@@ -154,7 +158,14 @@ def distill_batch(
     return out._replace(loss=out.loss * share)
 
 
-def _rows(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _without_last(teacher: TopK, rows: torch.Size) -> TopK:
+    """A teacher of every position, (B, T), without the last, which predicts nothing in the batch."""
+    if teacher.ids.shape[:-1] != (rows[0], rows[1] + 1):
+        return teacher
+    return replace(teacher, ids=teacher.ids[:, :-1], logp=teacher.logp[:, :-1])
+
+
+def _rows(batch: Mapping[str, Any], narrower: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(B, T - 1) bool, whether a row is learned, and the token that it predicts."""
     labels, completion = batch.get("labels"), batch.get("completion_mask")
     chosen = [] if labels is None else [labels != IGNORE]
@@ -165,6 +176,10 @@ def _rows(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     mask, attention = mask[:, 1:], batch.get("attention_mask")
     if attention is not None and attention.dim() == 2:
         mask = mask & attention[:, 1:].bool() & attention[:, :-1].bool()
+    if narrower is not None:
+        ok = isinstance(narrower, Tensor) and narrower.dtype == torch.bool and narrower.shape == mask.shape
+        expect(ok, "row_mask", f"a bool tensor {tuple(mask.shape)}, a row for every token but the first", narrower)
+        mask = mask & narrower.to(mask.device)
     tokens = batch.get("input_ids") if labels is None else labels
     return mask, None if tokens is None else tokens[:, 1:]
 
