@@ -222,28 +222,35 @@ def distill_batch(
             teacher, _ = _read_as("teacher", teacher, mask, vocab_size, inputs)
     elif isinstance(teacher, TopK):
         teacher = _without_last(teacher, mask.shape)
-    reads = (options.get("divergence") or ReverseKL()).needs | (options.get("select") or SoftOr(0.5)).needs
-    if options.get("ce_weight") or reads & LABEL_FIELDS:
-        expect(labels is not None, "batch", "labels or input_ids, since the loss reads tokens", tuple(batch))
-        options["labels"] = torch.where(mask, labels, IGNORE)
+    options |= _labels(options, mask, labels, batch)
     execution = options.pop("execution", Execution())
     if execution.backward and isinstance(student, nn.parallel.DistributedDataParallel):
         raise ValueError("backward: expected False with DDP, which has to see every gradient, got True")
-    share = None
+    share = 1.0
     if num_items_in_batch is not None:
         expect(options.get("normalizer", "kept") == "kept", "normalizer", "'kept' beside num_items_in_batch", options)
         share = (mask.sum() / num_items_in_batch).float()
-        if execution.backward:
-            execution = replace(execution, grad_scale=share * execution.grad_scale)
+        execution = replace(execution, grad_scale=share * execution.grad_scale) if execution.backward else execution
     if router is not None and execution.backward:
-        scale = torch.as_tensor(execution.grad_scale, device=router.device)
-        rows = replace(rows, hidden=_BackwardTo.apply(rows.hidden, router * scale))
-        router = router.detach()
+        weight = torch.as_tensor(execution.grad_scale, device=router.device)
+        rows = replace(rows, hidden=_BackwardTo.apply(rows.hidden, router * weight))
     out = distill(rows, teacher, row_mask=mask.cpu(), execution=execution, **options)
-    loss = out.loss if router is None else out.loss + router.to(out.loss.device)
-    return DistilledBatch(
-        loss if share is None else loss * share, *out[1:], None if router is None else router.detach()
-    )
+    if router is None:
+        return DistilledBatch(out.loss * share, *out[1:], None)
+    loss = out.loss + (router.detach() if execution.backward else router).to(out.loss.device)
+    return DistilledBatch(loss * share, *out[1:], router.detach())
+
+
+def _labels(
+    options: Mapping[str, Any], mask: Tensor, labels: Tensor | None, batch: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The labels, for a loss or a rule that reads some."""
+    reads = (options.get("divergence") or ReverseKL()).needs | (options.get("select") or SoftOr(0.5)).needs
+    if not options.get("ce_weight") and not reads & LABEL_FIELDS:
+        return {}
+    if labels is None:
+        refuse("batch", "labels or input_ids, since the loss reads tokens", tuple(batch))
+    return {"labels": torch.where(mask, labels, IGNORE)}
 
 
 def _read_as(
