@@ -19,7 +19,9 @@ import tip_kernels as tip
 
 INF, NAN = math.inf, math.nan
 STATISTIC_FLOOR = 2e-6
-ULP = 2.0**-23  # of fp32, relative: a value of 100 cannot be given to 2e-6, so the floor grows by one step of the value
+ULP = (
+    2.0**-22
+)  # of fp32, relative: a value of 100 cannot be given to 2e-6, so the floor grows by two steps of the value
 EVERY_FIELD = {"margins": True, "top_k": 5}
 PAIR_FIELDS = ("kl_fwd", "kl_rev", "hellinger_sq")
 

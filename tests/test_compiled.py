@@ -316,6 +316,15 @@ def test_what_distill_does_outside_of_a_graph_is_refused(option):
         compiled(lambda *t: distill(*sources("head", *t), **option).loss)(*tensors)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["made outside", "made inside"])
+@pytest.mark.parametrize("call", [tip.token_stats, tip.divergence_loss, tip.distill])
+def test_a_teacher_that_no_graph_can_hold_is_refused(call, inside):
+    ids, logp = torch.arange(3, device=DEVICE).repeat(N, 1), torch.full((N, 3), -2.0, device=DEVICE)
+    outside = tip.TopK(ids, logp)
+    with pytest.raises(Exception, match=r"teacher: expected logits or a Head under torch\.compile"):
+        compiled(lambda s: call(s, tip.TopK(ids, logp) if inside else outside))(leaf(logits()[0]))
+
+
 def test_a_second_derivative_is_refused():
     student, teacher = (leaf(x) for x in logits())
     loss = compiled(lambda s, t: tip.divergence_loss(s, t).sum(), "eager")(student, teacher)

@@ -97,7 +97,7 @@ def test_a_thousand_ranks_share_the_largest_step():
 def test_a_cut_vocabulary_sends_hidden_gradients_instead_of_the_head():
     whole, cut = (ranked(*LARGEST, world=1024, vocab_parallel=p) for p in (1, 8))
     names = [{c.name for c in costs["two sweeps"].collectives} for costs in (whole, cut)]
-    assert names[1] - names[0] == {"shards", "states", "d(hidden)"} and names[0] <= names[1]
+    assert names[1] - names[0] == {"shards", "states", "sure entries", "d(hidden)"} and names[0] <= names[1]
     assert cut["two sweeps"].wire_ms < whole["two sweeps"].wire_ms / 5
     assert set(cut) == {"two sweeps", "two sweeps, entropy rule"} < set(whole)
 
@@ -131,7 +131,7 @@ def test_the_command_prints_what_each_rank_sends(capsys):
     assert main(["plan", *sizes, "--gpu", "h100", "--world", "1024", "--vocab-parallel", "8", "--link", "25"]) == 0
     out = capsys.readouterr().out
     assert "128 data-parallel x 8 vocabulary-parallel, 25 GB/s a rank" in out
-    for name in ("two sweeps", "states", "d(hidden)", "scores", "normaliser", "head (DDP, FSDP2)"):
+    for name in ("two sweeps", "states", "sure entries", "d(hidden)", "scores", "normaliser", "head (DDP, FSDP2)"):
         assert name in out
 
 

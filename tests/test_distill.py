@@ -8,7 +8,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _cases import INF, NAN, HeadCase, Products, check_gradient, distill, head_case, leaf, no_worse, normal, ordinary
+from _cases import (
+    INF,
+    NAN,
+    HeadCase,
+    Products,
+    check_gradient,
+    distill,
+    head_case,
+    leaf,
+    no_worse,
+    normal,
+    ordinary,
+    relative_error,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -654,3 +667,95 @@ def test_the_label_loss_alone_drops_broken_rows_and_no_others(divergence, sweeps
     torch.testing.assert_close(out.loss.detach(), expected)
     out.loss.backward()
     assert all(x.grad.isfinite().all() for x in case.tensors)
+
+
+# Weights of rows, and gradients that are scaled afterwards
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("normalizer", ["kept", "all", 3.0])
+@pytest.mark.parametrize("sweeps", [1, 2, None])
+def test_a_row_of_a_weight_that_is_not_finite_is_dropped_and_counted(sweeps, normalizer, bad):
+    student, teacher = head_case(12, 300, 16, seed=20), head_case(12, 300, 24, seed=30)
+    weights = torch.linspace(0.5, 2.0, 12)
+    results = []
+    for value in (0.0, bad):
+        case, w = student.leaves(), weights.clone()
+        w[4] = value
+        how = {"select": tip.KeepAll(), "normalizer": normalizer, "sweeps": sweeps, "row_weights": w}
+        if value == 0.0:
+            out = distill(case.head, teacher.head, **how)
+        else:
+            with pytest.warns(RuntimeWarning, match="a NaN or infinite loss or weight and got weight 0"):
+                out = distill(case.head, teacher.head, **how)
+            assert int(out.plan.dropped_rows) == 1
+        out.loss.backward()
+        results.append([out.loss.detach(), *(x.grad for x in case.tensors)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
+
+
+def test_weights_of_masked_rows_may_hold_anything():
+    student, teacher = head_case(12, 300, 16, seed=20), head_case(12, 300, 24, seed=30)
+    weights, mask = torch.ones(12), torch.arange(12) != 4
+    weights[4] = NAN
+    for sweeps in (1, 2):
+        out = distill(student.leaves().head, teacher.head, row_weights=weights, row_mask=mask, sweeps=sweeps)
+        assert out.loss.isfinite() and int(out.plan.dropped_rows) == 0
+
+
+@pytest.mark.parametrize("normalizer", ["kept", "all", 3.0])
+@pytest.mark.parametrize("select", [tip.KeepAll(), tip.SoftOr(0.5)], ids=["all", "quota"])
+def test_weights_get_the_same_gradient_in_one_sweep_as_in_two(select, normalizer):
+    student, teacher = head_case(12, 300, 16, seed=20), head_case(12, 300, 24, seed=30)
+    grads = []
+    for sweeps in (1, 2):
+        case, weights = student.leaves(), leaf(torch.linspace(0.5, 2.0, 12))
+        out = distill(case.head, teacher.head, select=select, normalizer=normalizer, row_weights=weights, sweeps=sweeps)
+        out.loss.backward()
+        assert weights.grad.abs().max() > 0
+        grads.append([weights.grad, *(x.grad for x in case.tensors)])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [40, 4096])
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_fp16_gradients_are_rounded_after_the_loss_scale(sweeps, n):
+    student, teacher = head_case(n, 300, 16, seed=20).to(torch.float16), head_case(n, 300, 24, seed=30)
+    exact, case = student.to(torch.float64).leaves(), student.leaves()
+    divergence = ref.divergences.reverse_kl(exact.logits(), teacher.to(torch.float16).to(torch.float64).logits())
+    (2.0**14 * divergence.sum() / 2**22).backward()
+    how = {"normalizer": 2.0**22, "sweeps": sweeps}
+    out = distill(case.head, teacher.to(torch.float16).head, select=tip.KeepAll(), **how)
+    (2.0**14 * out.loss).backward()
+    for ours, truth in zip(case.tensors, exact.tensors, strict=True):
+        assert relative_error(ours.grad, truth.grad) <= 5e-4
+
+
+def test_a_wider_main_grad_gets_the_sum_before_it_is_rounded():
+    student, teacher = head_case(200, 300, 16, seed=20).to(torch.bfloat16), head_case(200, 300, 24, seed=30)
+    exact = student.to(torch.float64).leaves()
+    teacher = teacher.to(torch.bfloat16)
+    ref.divergences.reverse_kl(exact.logits(), teacher.to(torch.float64).logits()).mean().backward()
+    for sweeps in (1, 2):
+        case = student.leaves()
+        case.weight.main_grad = torch.zeros(300, 16)
+        distill(case.head, teacher.head, select=tip.KeepAll(), sweeps=sweeps, backward=True)
+        assert relative_error(case.weight.main_grad, exact.weight.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, torch.linspace(0.5, 2.0, 12)], ids=["one", "per row"])
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_the_label_loss_alone_keeps_rows_whose_divergence_is_infinite(sweeps, temperature):
+    student, teacher = head_case(12, 300, 16, seed=20), head_case(12, 300, 24, seed=30)
+    bias = torch.zeros(300)
+    bias[5] = -INF  # the student bans what the teacher allows
+    student.bias = bias
+    labels = torch.arange(12) + 10
+    case = student.leaves()
+    out = distill(
+        case.head, teacher.head, select=tip.KeepAll(), divergence=tip.ForwardKL(), labels=labels, ce_weight=1.0,
+        temperature=temperature, temperature_sq=True, sweeps=sweeps,
+    )  # fmt: skip
+    truth = torch.nn.functional.cross_entropy(student.logits().double(), labels)
+    assert int(out.plan.dropped_rows) == 0
+    assert abs(out.loss.double() - truth) <= 1e-5

@@ -23,6 +23,7 @@ from _cases import (
     ordinary,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import reference as ref
 import tip_kernels as tip
@@ -552,6 +553,20 @@ def test_an_inplace_gradient_takes_the_logits_storage_and_runs_once(shape):
     assert torch.equal(rows, kept.mask)  # the gradient, 0 in rows that were not kept
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4)], ids=["rows", "batch"])
+def test_an_inplace_gradient_of_a_leaf_takes_its_storage_too(shape):
+    z, t = (3 * normal(*shape, 50_000, seed=i) for i in (1, 2))
+    plain, student = leaf(z), leaf(z)
+    tip.divergence_loss(plain, t).sum().backward()
+    loss = tip.divergence_loss(student, t, grad_logits="inplace", workspace_mib=1).sum()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        loss.backward()
+    sizes = [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes) < z.numel() * 4 / 2
+    assert torch.equal(student.grad, plain.grad)
+    assert student.grad.data_ptr() == student.data_ptr()
 
 
 # Rows without a finite loss

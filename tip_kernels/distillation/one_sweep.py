@@ -274,7 +274,7 @@ class KnownRows:
     def run(self, step: Step, layout: Layout) -> Learned:
         kept, ids, real = step.known
         blocks = RowBlocks(step, step.objective, layout)
-        made = blocks.learn_rows(ids, step.weights(ids, real, kept), step.want | step.late)
+        made = blocks.learn_rows(ids, step.weights(ids, real, kept)[0], step.want | step.late)
         return Learned(blocks.stats, kept, ids, real, blocks.losses[ids], made)
 
 
@@ -292,7 +292,7 @@ class SecondSweepByRows:
     def run(self, step: Step, layout: Layout) -> Learned:
         stats, kept, ids, real, objective, _ = step.measured
         blocks = RowBlocks(step, objective, layout)
-        made = blocks.learn_rows(ids, step.weights(ids, real, kept), step.late)
+        made = blocks.learn_rows(ids, step.weights(ids, real, kept)[0], step.late)
         if step.temperature_of is None:
             stats = step.batch.filled(stats, {name: value[ids] for name, value in blocks.fields.items()}, ids)
         return Learned(stats, kept, ids, real, blocks.losses[ids], made)
@@ -374,7 +374,7 @@ class StashingBlocks(RowBlocks):
         held = stash.owner[: ids.numel()]
         if not step.with_teacher:
             self._learn_from_logits(held)
-        weights = step.weights(ids, torch.ones_like(ids, dtype=torch.bool), kept)
+        weights, _ = step.weights(ids, torch.ones_like(ids, dtype=torch.bool), kept)
         weights = weights * self.losses[ids].isfinite()
         total = self.batch.normalizer(step.normalizer, weights)
         share = torch.zeros(self.batch.n_rows).index_copy_(0, ids, weights / total * step.grad_scale)[held]
@@ -445,7 +445,8 @@ class PrecomputedGradients:
 
     def attach(self, loss: Tensor, weights: Tensor, total: Tensor | float, pair: Pair) -> Tensor:
         """The loss () with its gradients attached: sum of weights * row loss / total, of weights (S,)."""
-        self.weights, self.scale = weights / total, self.divisor / total
+        total = total.detach() if isinstance(total, Tensor) else total
+        self.weights, self.scale = weights.detach() / total, self.divisor / total
         return _AttachPrecomputed.apply(loss, self, pair, *pair.student.leaves)
 
     def times(self, upstream: Tensor, pair: Pair, need: tuple[bool, ...]) -> list[Tensor | None]:
@@ -454,16 +455,14 @@ class PrecomputedGradients:
         if gradients is None:
             _, sweep = differentiated(pair, self.objective, self.rows, self.options)
             return sweep.run(pair, self.weights * upstream, need)
-        factor, weight_into = upstream * self.scale, self.options.weight_into
-        sums = gradients.finished(None if factor.device.type == "cpu" and factor == 1 else factor)
-        if weight_into is not None and sums[1] is not None:
-            weight_into += sums[1]
-            sums[1] = None
+        factor = upstream * self.scale
+        factor = None if factor.device.type == "cpu" and factor == 1 else factor
+        sums = gradients.finished(factor, self.options.weight_into)
         return [x if wanted else None for x, wanted in zip(sums, need, strict=True)]
 
 
 class _AttachPrecomputed(torch.autograd.Function):
-    """Gives a loss measured without a graph the gradients that exist already, times the upstream scalar."""
+    """Gives a loss the gradients that exist already, times the upstream scalar, beside those of its rows' weights."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, made: PrecomputedGradients, pair: Pair, *leaves: Tensor) -> Tensor:
@@ -476,4 +475,4 @@ class _AttachPrecomputed(torch.autograd.Function):
         pair = saved(ctx)
         with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
             grads = ctx.made.times(upstream.detach(), pair, ctx.needs_input_grad[3:])
-        return None, None, None, *once(grads, pair.student.leaves)
+        return upstream, None, None, *once(grads, pair.student.leaves)

@@ -42,6 +42,13 @@ def log_probabilities(z: Tensor, shift: Tensor, logsum: Tensor) -> Tensor:
     return z.clamp_(min=FLOOR).sub_(shift).sub_(logsum)
 
 
+def _exp_difference(y: Tensor, x: Tensor, gap: Tensor) -> Tensor:
+    """e^y - e^x, gap = y - x: by the gap where it is small, as the difference would cancel; y and gap are spent."""
+    e_x = exp(x)
+    near = gap.abs() < 1
+    return torch.where(near, gap.clamp_(-1, 1).expm1_().mul_(e_x), exp(y.clamp_(min=FLOOR)).sub_(e_x))
+
+
 class Divergence:
     """A per-row measure of how far the student's distribution is from the teacher's.
 
@@ -327,15 +334,13 @@ class TVD(Divergence):
         return {"mean_sign": row["mean_sign"]}
 
     def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
-        """value, mean_sign: |p_s - p_t| / 2 and p_s sign(p_s - p_t)"""
+        """value, mean_sign: |p_s - p_t| / 2 and p_s sign(p_s - p_t), by the logarithms, finer near 1"""
         p_s = exp(lp_s)
-        gap = p_s - exp(lp_t)
-        return {"value": gap.abs().mul_(0.5), "mean_sign": gap.sign_().mul_(p_s)}
+        return {"value": (p_s - exp(lp_t)).abs_().mul_(0.5), "mean_sign": (lp_s - lp_t).sign_().mul_(p_s)}
 
     def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
         """p_s (sign(p_s - p_t) - E_s[sign]) / 2, with sign 0 at a tie"""
-        p_s = exp(lp_s)
-        return p_s.sub(exp(lp_t)).sign_().sub_(rows["mean_sign"]).mul_(p_s).mul_(0.5)
+        return torch.sub(lp_s, lp_t).sign_().sub_(rows["mean_sign"]).mul_(exp(lp_s)).mul_(0.5)
 
 
 @dataclass(frozen=True)
@@ -393,8 +398,9 @@ class Renyi(Divergence):
 
     def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
         """p_s - p_t^alpha p_s^(1-alpha) / sum of the same"""
-        blend = (self.alpha * lp_t).add_(lp_s, alpha=1 - self.alpha)
-        return exp(lp_s).sub_(exp(blend.clamp_(min=FLOOR).sub_(rows["log_blend"])))
+        a, log_blend = self.alpha, rows["log_blend"]
+        gap = (lp_t - lp_s).mul_(a).sub_(log_blend)
+        return _exp_difference((a * lp_t).add_(lp_s, alpha=1 - a).sub_(log_blend), lp_s, gap).neg_()
 
 
 @dataclass(frozen=True)
@@ -404,38 +410,38 @@ class AlphaBeta(Divergence):
     a: float = 0.2
     b: float = 0.7
     kernel = "alpha_beta"
+    sums = ("value", "sum_g")
 
     def __post_init__(self) -> None:
         finite_number("a", self.a, positive=True)
         finite_number("b", self.b, positive=True)
 
     @property
-    def _blends(self) -> tuple[Blend, Blend, Blend]:
-        total = self.a + self.b
-        return Blend(float(self.a), float(self.b)), Blend(total, 0.0), Blend(0.0, total)
-
-    @property
-    def needs(self) -> frozenset[Blend]:
-        return frozenset(self._blends)
-
-    @property
     def params(self) -> tuple[float, ...]:
         return (float(self.a), float(self.b))
 
     def value(self, row: Row) -> Tensor:
-        a, b = self.a, self.b
-        cross, power_t, power_s = (row[blend].exp() for blend in self._blends)
-        return ((a / (a + b) * power_t + b / (a + b) * power_s - cross) / (a * b)).clamp(min=0.0)
+        return row["value"].clamp(min=0.0)
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
-        cross, _, power_s = (row[blend].exp() for blend in self._blends)
-        return {"sum_g": power_s - cross}
+        return {"sum_g": row["sum_g"]}
+
+    def row_sums(self, lp_s: Tensor, lp_t: Tensor) -> dict[str, Tensor]:
+        """value, sum_g: (a/(a+b) (p_t^(a+b) - p_s^(a+b)) - cross) / (ab) and -cross/a
+
+        cross = p_t^a p_s^b - p_s^(a+b)
+        """
+        a, b = self.a, self.b
+        d, power = lp_t - lp_s, (a + b) * lp_s
+        cross = _exp_difference((a * lp_t).add_(lp_s, alpha=b), power, a * d)
+        whole = _exp_difference((a + b) * lp_t, power, d.mul_(a + b))
+        return {"value": whole.mul_(a / (a + b)).sub_(cross).div_(a * b), "sum_g": cross.div_(-a)}
 
     def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
         """g - p_s sum g, g = (p_s^(a+b) - p_t^a p_s^b) / a"""
         a, b = self.a, self.b
-        g = exp((a + b) * lp_s).sub_(exp((a * lp_t).add_(lp_s, alpha=b)))
-        return g.sub_(exp(lp_s).mul_(rows["sum_g"])).div_(a)
+        cross = _exp_difference((a * lp_t).add_(lp_s, alpha=b), (a + b) * lp_s, (lp_t - lp_s).mul_(a))
+        return cross.div_(-a).sub_(exp(lp_s).mul_(rows["sum_g"]))
 
 
 @dataclass(frozen=True)

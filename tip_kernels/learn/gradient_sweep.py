@@ -3,6 +3,7 @@
     Objective                what is learned of a row
     differentiated           its value, and the sweep that is its gradient
     LeafSweep, GradientSweep d(logits) tile by tile, into the logits or through the head
+    Balance                  the entry of a row that the others fix, where the student is sure of a token
     HeadGradients            d(hidden) = g W and d(weight) = g^T hidden, summed up tile by tile; g is d(loss)/d(logits)
     with_gradient            attaches a sweep to values that were measured without a graph
 
@@ -11,6 +12,7 @@ N rows, S kept rows, R rows of a block (r in memory), V vocabulary, C columns of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from tip_kernels.distributed.collectives import all_reduce_sum_
+from tip_kernels.distributed.shards import Shard
 from tip_kernels.learn.divergences import (
     Divergence,
     Term,
@@ -34,6 +37,9 @@ from tip_kernels.measure.sweep import NO_DOUBLE_BACKWARD
 from tip_kernels.measure.topk_teacher import add_columns
 from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows, Tiling
 from tip_kernels.stats import IGNORE_LABEL, LABEL_FIELDS, NORMALIZER_FIELDS, Fields
+
+LN2 = math.log(2.0)
+ENTRY_ROWS = 1024  # of hidden states gathered at a time
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,24 @@ class RowSweep:
             temperature=self.temperature[places] if isinstance(self.temperature, Tensor) else self.temperature,
         )
 
-    def tiling(self, pair: Pair, buffers: int, slice_width: int = 0) -> Tiling:
-        """The tiles of the rows."""
-        return pair.tiling(self.ids.numel(), self.workspace, buffers, slice_width=slice_width)
+    def tiling(self, pair: Pair) -> Tiling:
+        """The tiles of the rows: the same for row sums and the gradient that reads them, which then see equal bits."""
+        slice_width = pair.student.width if isinstance(pair.student, HeadRows) else 0
+        return pair.tiling(self.ids.numel(), self.workspace, buffers=8, slice_width=slice_width)
+
+    def sure_columns(self, z_s: Tensor, part: slice, at_one: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The column of the largest logit of each row of a tile (R, C), and whether its probability is above 1/2.
+
+        That is at the temperature of the sweep or, beside a label loss, at 1.
+        """
+        tau = self.temperature[part] if isinstance(self.temperature, Tensor) else self.temperature
+        bound = (self.normalizers["shift_s"][part] + self.normalizers["logsum_s"][part] - LN2) * tau
+        if at_one is not None:
+            bound = torch.minimum(bound, at_one["shift_s"][part] + at_one["logsum_s"][part] - LN2)
+        sure = z_s.amax(1) > bound
+        if sure.device.type == "cpu" and not sure.any():
+            return torch.zeros_like(sure, dtype=torch.int64), sure
+        return z_s.argmax(1), sure
 
     def temperature_at(self, part: slice) -> float | Tensor:
         return self.temperature[part].unsqueeze(1) if isinstance(self.temperature, Tensor) else self.temperature
@@ -164,7 +185,7 @@ class RowSweep:
     @torch.no_grad()
     def sums_of(self, pair: Pair, divergences: Sequence[Divergence]) -> list[dict[str, Tensor]]:
         """The row sums of each two-pass divergence, {name: (S,)}."""
-        tiling, done = self.tiling(pair, buffers=8), []
+        tiling, done = self.tiling(pair), []
         with torch.autocast(pair.device.type, enabled=False):
             for part in tiling.parts or [slice(0, 0)]:
                 totals: list[dict[str, Tensor]] = []
@@ -224,6 +245,8 @@ class LeafSweep:
 
     sweep: RowSweep
     options: GradOptions
+    balances = False  # whether a row of d(logits at temperature 1) sums to 0
+    keeps_rows = False  # whether rows without a gradient stay in the tiles
 
     def live(self, upstream: Tensor) -> Tensor:
         """(S,) bool: rows whose gradient is not 0."""
@@ -233,9 +256,19 @@ class LeafSweep:
         raise NotImplementedError
 
     def dlogits_tile(
-        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+        self,
+        student: Rows,
+        z: list[Tensor],
+        part: slice,
+        v0: int,
+        upstream: Tensor,
+        dead: Tensor | None,
+        balance: Balance | None,
     ) -> Tensor:
-        """d(logits before scale and softcap) of one tile (R, C), fp32; z are the sources' tiles, overwritten."""
+        """d(logits before scale and softcap) of one tile (R, C), fp32; z are the sources' tiles, overwritten.
+
+        Leaves to balance, where there is one, the entries that it fixes; they are 0 in the tile.
+        """
         raise NotImplementedError
 
     def fill_rows(self, pair: Pair, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool) -> bool:
@@ -246,11 +279,11 @@ class LeafSweep:
         """Gradients of the student's leaves, None where not needed."""
         live = self.live(upstream)
         task, dead = self, None
-        if upstream.device.type == "cpu":
+        if upstream.device.type == "cpu" and not self.keeps_rows:
             places = live.nonzero().squeeze(1)
             task, upstream = self.restricted_to(places), upstream[places]
         else:
-            dead = (~live).unsqueeze(1)  # dropping rows would have to wait for the device
+            dead = (~live).unsqueeze(1)  # on a GPU dropping rows would have to wait
         if isinstance(pair.student, HeadRows):
             return task._through_head(pair, pair.student, upstream, need, dead)
         return task._to_logits(pair, pair.student, upstream, dead)
@@ -273,7 +306,8 @@ class LeafSweep:
             out = torch.sparse_coo_tensor(
                 all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
             )
-        return [out.view(leaf.shape) if matrix is None else out]
+        # an alias, which autograd takes for a leaf's gradient as it is: it would copy the logits' own tensor
+        return [out if self.options.layout == "compact" else out.view(leaf.shape)]
 
     def write(
         self,
@@ -291,34 +325,44 @@ class LeafSweep:
         if (not scatter or places is self.sweep.ids) and self.fill_rows(pair, upstream, dead, out, scatter):
             return
         all_ids = self.sweep.ids
-        tiling = self.sweep.tiling(pair, buffers=7)
+        tiling, balance = self.sweep.tiling(pair), self.balance(upstream)
         for v0, v1 in tiling.slices:
             weights = pair.weights(v0, v1)
             for part in tiling.parts:
                 z = tiling.tiles(pair.blocks(all_ids[part]), weights, v0, v1)
-                g = self.dlogits_tile(pair.student, z, part, v0, upstream, dead).to(out.dtype)
+                g = self.dlogits_tile(pair.student, z, part, v0, upstream, dead, balance).to(out.dtype)
                 if places is None:
                     out[part, v0:v1] = g
                 else:
                     out[:, v0:v1].index_copy_(0, places[part], g)
+        if balance is not None:
+            columns, values = balance.entries(None)
+            rows = torch.arange(columns.numel(), device=out.device) if places is None else places
+            place = rows, columns.clamp(min=0)
+            out[place] = torch.where(columns < 0, out[place], values.to(out.dtype))
+
+    def balance(self, upstream: Tensor) -> Balance | None:
+        return Balance(upstream) if self.balances else None
 
     def _through_head(
         self, pair: Pair, student: HeadRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
         all_ids, options = self.sweep.ids, self.options
         sums = HeadGradients(student, all_ids, need, into=options.weight_into, grad_filter=options.grad_filter)
-        tiling = self.sweep.tiling(pair, buffers=7, slice_width=student.width)
+        tiling, balance = self.sweep.tiling(pair), self.balance(upstream)
         for v0, v1 in tiling.slices:
             weights = pair.weights(v0, v1)
             with sums.columns(v0, v1, weights[0]):
                 for part in tiling.parts:
                     blocks = pair.blocks(all_ids[part])
                     z = tiling.tiles(blocks, weights, v0, v1)
-                    g = self.dlogits_tile(student, z, part, v0, upstream, dead)
+                    g = self.dlogits_tile(student, z, part, v0, upstream, dead, balance)
                     hidden = blocks[0].hidden
                     hidden = hidden if dead is None else hidden.masked_fill(dead[part], 0.0)
                     sums.add(part, hidden, g, upstream[part] if upstream.dim() == 1 else None)
             weights = []  # released before the next ones are made
+        if balance is not None:
+            sums.add_entries(*balance.entries(student.shard))
         return sums.finished()
 
 
@@ -332,6 +376,12 @@ class GradientSweep(LeafSweep):
     labels: Tensor | None  # (S,)
     ce: CrossEntropy | None
     clipped: bool
+    balances = True
+
+    @property
+    def keeps_rows(self) -> bool:
+        """With row sums the tiles are those that the sums were made of: other products may round otherwise."""
+        return any(term.divergence.sums for term in self.terms)
 
     def live(self, upstream: Tensor) -> Tensor:
         return (upstream != 0) & self.finite
@@ -375,10 +425,18 @@ class GradientSweep(LeafSweep):
         return Label(self.labels, push - weight, weight, self.ce.at_rows["shift_s"], self.ce.at_rows["logsum_s"])
 
     def dlogits_tile(
-        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+        self,
+        student: Rows,
+        z: list[Tensor],
+        part: slice,
+        v0: int,
+        upstream: Tensor,
+        dead: Tensor | None,
+        balance: Balance | None,
     ) -> Tensor:
         z_s, z_t = z
         up = upstream[part] * student.scale
+        found = self.sweep.sure_columns(z_s, part, None if self.ce is None else self.ce.at_rows)
         slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
         dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, student.first + v0)
         g = self._divergence_gradient(z_s, z_t, part, up * self.factor[part])
@@ -391,9 +449,10 @@ class GradientSweep(LeafSweep):
             g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
         if dce is not None:
             g.add_(dce.mul_(up.unsqueeze(1)))
-        if slope is not None:
-            g.mul_(slope)
-        return g if dead is None else g.masked_fill_(dead[part], 0.0)
+        if dead is not None:
+            g.masked_fill_(dead[part], 0.0)
+        balance.take(g, *found, slope, part, student.first + v0)
+        return g if slope is None else g.mul_(slope)
 
     def _divergence_gradient(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor) -> Tensor:
         """weights * d(divergence)/dz of one tile (R, C); weights is (R,)."""
@@ -424,6 +483,35 @@ class GradientSweep(LeafSweep):
         tile = exp(log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
         add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)
         return tile
+
+
+class Balance:
+    """What a row of d(logits) has beside its sure entry: a row sums to 0, as the gradient of all that a softmax feeds.
+
+    Where the student is sure of a token, the formula of its entry is a difference of numbers near 1 and keeps none of
+    its digits; the others are small and exact, and their sum is the entry, but for the sign.
+    """
+
+    def __init__(self, upstream: Tensor) -> None:
+        self.others = torch.zeros_like(upstream)  # (S,)
+        self.columns = torch.full(upstream.shape, -1, dtype=torch.int64, device=upstream.device)
+        self.slope: Tensor | None = None  # of the softcap at the entry
+
+    def take(self, g: Tensor, columns: Tensor, sure: Tensor, slope: Tensor | None, part: slice, first: int) -> None:
+        """Adds up a tile g (R, C) and empties its sure entries; `first` is its first token."""
+        place = columns.unsqueeze(1)
+        g.scatter_(1, place, torch.where(sure.unsqueeze(1), 0.0, g.gather(1, place)))
+        self.others[part] += g.sum(1)
+        self.columns[part] = torch.where(sure, columns + first, self.columns[part])
+        if slope is not None:
+            self.slope = torch.ones_like(self.others) if self.slope is None else self.slope
+            self.slope[part] = torch.where(sure, slope.gather(1, place).squeeze(1), self.slope[part])
+
+    def entries(self, shard: Shard | None) -> tuple[Tensor, Tensor]:
+        """The token of each row's entry, -1 for none (here), and its value; (S,) each."""
+        others = self.others if shard is None else all_reduce_sum_(self.others, shard.group)
+        values = torch.where(self.columns < 0, 0.0, -others)
+        return self.columns, values if self.slope is None else values * self.slope
 
 
 class HeadGradients:
@@ -508,12 +596,46 @@ class HeadGradients:
         if self.need_hidden:
             _product_into(self.hidden[part], g, self.tile, fresh=False)
 
-    def finished(self, factor: Tensor | None = None) -> list[Tensor | None]:
+    def add_entries(self, tokens: Tensor, values: Tensor) -> None:
+        """Takes in g of one token of each of the rows ids: tokens (S,), -1 for none, and values (S,) fp32."""
+        student, columns = self.student, tokens - self.student.first
+        if student.columns == 0:  # a rank's share may be empty
+            return
+        here = (columns >= 0) & (columns < student.columns)
+        columns, values = columns.clamp(0, student.columns - 1), torch.where(here, values, 0.0)
+        if self.need_bias:
+            self.bias.index_add_(0, columns, values)
+        if self.need_hidden:
+            for out, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.hidden, columns, values)), strict=True):
+                out.addcmul_(g.unsqueeze(1), student.weight[at].to(student.dtype).float())
+        if not self.need_weight:
+            return
+        if self.weight.dtype == torch.float32:
+            for ids, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.ids, columns, values)), strict=True):
+                self.weight.index_add_(0, at, self._hidden_at(ids).mul_(g.unsqueeze(1)))
+            return
+        found, group = torch.unique(columns, return_inverse=True)  # a token's sum is made in fp32 and rounded once
+        order = group.argsort()
+        counts = torch.bincount(group, minlength=found.numel()).split(ENTRY_ROWS)
+        ends = torch.stack([count.sum() for count in counts]).tolist()
+        for i, (at, rows) in enumerate(zip(found.split(ENTRY_ROWS), order.split(ends), strict=True)):
+            total = torch.zeros(at.numel(), student.width, device=columns.device)
+            for some in rows.split(ENTRY_ROWS):
+                hidden = self._hidden_at(self.ids[some]).mul_(values[some].unsqueeze(1))
+                total.index_add_(0, group[some] - i * ENTRY_ROWS, hidden)
+            self.weight[at] += total.to(self.weight.dtype)
+
+    def _hidden_at(self, ids: Tensor) -> Tensor:
+        """Hidden states (len(ids), H) as the products take them, in fp32."""
+        hidden = self.student.hidden
+        return hidden[torch.unravel_index(ids, hidden.shape[:-1])].to(self.student.dtype).float()
+
+    def finished(self, factor: Tensor | None = None, into: Tensor | None = None) -> list[Tensor | None]:
         """The gradients of the leaves times factor (), once, in their dtypes and shapes.
 
-        That of weight is None where it was added elsewhere.
+        That of weight is None where it was added elsewhere, or is added to `into` now, before it is rounded.
         """
-        student, hidden, weight = self.student, None, None
+        student, weight = self.student, None
         if self.need_hidden and student.shard is not None:
             all_reduce_sum_(self.hidden, student.shard.group)
         if self.need_hidden and self.filter is not None:
@@ -522,16 +644,23 @@ class HeadGradients:
             for x in (self.hidden, self.weight if self.into is None else None, self.bias):
                 if x is not None:
                     x.mul_(factor)
-        if self.need_hidden:
-            hidden = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)
-            for part in range(0, self.ids.numel(), 4096):
-                rows = self.hidden[part : part + 4096].to(hidden.dtype)
-                hidden.view(-1, student.width).index_copy_(0, self.ids[part : part + 4096], rows)
+        hidden = self._rounded_hidden() if self.need_hidden else None
         if self.need_weight and self.into is None:
             self.weight[self.walked :].zero_()  # beyond vocab_size
-            weight = self.weight.to(student.weight.dtype)
+            if into is not None:
+                into += self.weight
+            weight = None if into is not None else self.weight.to(student.weight.dtype)
         bias = None if self.bias is None else self.bias.to(student.bias.dtype)
         return [hidden, weight, bias][: len(student.leaves)]
+
+    def _rounded_hidden(self) -> Tensor:
+        """d(hidden) of all N rows in the leaf's dtype and shape, 0 where not of `ids`."""
+        student = self.student
+        out = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)
+        for part in range(0, self.ids.numel(), 4096):
+            rows = self.hidden[part : part + 4096].to(out.dtype)
+            out.view(-1, student.width).index_copy_(0, self.ids[part : part + 4096], rows)
+        return out
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tip_kernels.learn import ops
 from tip_kernels.learn.divergences import exp, log_probabilities
 from tip_kernels.learn.gradient_sweep import (
+    Balance,
     GradOptions,
     LeafSweep,
     Objective,
@@ -93,7 +94,14 @@ class OutcomeSweep(LeafSweep):
         return replace(self, sweep=self.sweep.restricted_to(places), topk_ids=self.topk_ids[places], labels=labels)
 
     def dlogits_tile(
-        self, student: Rows, z: list[Tensor], part: slice, v0: int, upstream: Tensor, dead: Tensor | None
+        self,
+        student: Rows,
+        z: list[Tensor],
+        part: slice,
+        v0: int,
+        upstream: Tensor,
+        dead: Tensor | None,
+        balance: Balance | None,
     ) -> Tensor:
         (tile,), up = z, upstream[part] * student.scale
         topk_ids, k = self.topk_ids[part], self.topk_ids.shape[1]

@@ -211,7 +211,7 @@ class ListedMoments:
         return out | {
             "topk_logits": torch.where(self.z <= online.FLOOR, -torch.inf, self.z) - out["shift_s"].unsqueeze(1),
             "shift_rest": torch.where(some, rest["k_s"], 0.0),
-            "logsum_rest": torch.where(some, rest["L_s"].log(), -torch.inf),
+            "logsum_rest": torch.where(some, rest["M_s"].log1p(), -torch.inf),
         }
 
 

@@ -94,6 +94,7 @@ def collectives(
         found += [
             Collective("shards", "all-gather", vocab_parallel, 2, 2 * 8 * 8),
             Collective("states", "all-gather", vocab_parallel, sum(calls), states),
+            Collective("sure entries", "all-reduce", vocab_parallel, 1, 4 * kept),
             Collective("d(hidden)", "all-reduce", vocab_parallel, 1, 4 * kept * hidden_s),
         ]
     if data_parallel > 1:

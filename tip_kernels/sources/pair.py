@@ -481,6 +481,8 @@ def _pair_of(student: Rows, teacher: Tensor | Head | TopK | None) -> Pair:
     Beside a student that holds a shard of the vocabulary, those of a whole teacher are its columns of that shard.
     """
     if isinstance(teacher, TopK):
+        if torch.compiler.is_compiling():
+            raise ValueError("teacher: expected logits or a Head under torch.compile, got a TopK")
         if student.shard is not None:
             form = "logits or a Head, since the student's vocab_group shares out the vocabulary"
             refuse("teacher", form, teacher)

@@ -64,6 +64,8 @@ class TopK:
     tail: str = "bucket"
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError("teacher: expected logits or a Head under torch.compile, got a TopK")
         ids, logp = self.ids, self.logp
         ok = isinstance(ids, Tensor) and ids.dim() in (2, 3) and ids.dtype == torch.int64
         expect(ok, "ids", "an int64 tensor of shape (N, K) or (B, T, K)", ids)

@@ -2,17 +2,20 @@
 
 Half-exponent form, with z the logits, T the temperature, c = 2 ln 2: k = max z, u = (z - k) / (c T), h = 2^u, e = h^2
 
-    L = sum e                 lse = k / T + ln L
-    A = sum e u               entropy = ln L - c A / L
+    L = 1 + M, M = sum e of all tokens but one of the largest        lse = k / T + log1p M
+    A = sum e u                                                      entropy = log1p M - c A / L
     D_t = sum e_t (u_t - u_s) KL(t||s) = c D_t / L_t + ln(L_s / L_t)            D_s is the mirror
     Q = sum (h_t - h_s)^2     H = 1 - sum sqrt(p_t p_s) = (Q - (sqrt L_t - sqrt L_s)^2) / (2 sqrt(L_t L_s))
 
-D and Q accumulate differences, so nearly equal rows do not cancel; k is subtracted before anything is rounded. A state
-recentres exactly: when k grows by -c T d, with r = 2^d and a = r^2 (the L on the right are the old ones)
+D and Q accumulate differences, so nearly equal rows do not cancel; k is subtracted before anything is rounded. M keeps
+the digits of what a sure row leaves to the other tokens, which L rounds away: ln(L_s / L_t) near 0 is
+log1p((M_s - M_t) / L_t). A state recentres exactly: when k grows by -c T d, with r = 2^d and a = r^2 (the L on the
+right are the old ones)
 
     A <- a (A + d L)          D_t <- a_t (D_t + (d_t - d_s) L_t)                L <- a L
 
-H needs no shift: it is that of a part's own distributions, p / (the part's share w^2 of p), and the whole has
+and M is the sum of the parts' new L, but of one with the largest k its M. H needs no shift: it is that of a part's own
+distributions, p / (the part's share w^2 of p), and the whole has
 
     H = sum over parts of w_t w_s H + (w_t - w_s)^2 / 2
 
@@ -35,6 +38,7 @@ from torch import Tensor
 from tip_kernels.stats import Blend
 
 FLOOR = -(2.0**100)
+SURE = 0.25  # a rest that is smaller loses digits beside the 1 of the largest token
 NATS = 2.0 * math.log(2.0)  # nats per unit of u: the c above
 
 State = dict  # field, Blend (its m) or ("sum", Blend) to fp32 (P, R) or, merged, (R,)
@@ -70,7 +74,8 @@ class Fold:
                 if ban is not None:
                     w[-1].clamp_(min=FLOOR)  # a small temperature would overflow it
                 torch.exp2(w[-1], out=e_x)
-                state |= {f"k_{model}": k.squeeze(1), f"L_{model}": e_x.sum(1)}
+                rest = _sum_but_largest(e_x, w[-1])
+                state |= {f"k_{model}": k.squeeze(1), f"M_{model}": rest, f"L_{model}": 1 + rest}
                 if self.entropy[model]:
                     state[f"A_{model}"] = torch.mul(e_x, w[-1], out=scratch).sum(1).mul_(0.5)
         if "hellinger_sq" in self.want:
@@ -114,6 +119,18 @@ class EagerMoments:
         return finish(merge(states, self.unit), self.temperature)
 
 
+def _sum_but_largest(e: Tensor, w: Tensor) -> Tensor:
+    """(R,) the sum of e = 2^w (R, C) without one entry of the largest w, which is 0 and whose e is 1."""
+    rest = e.sum(1) - 1
+    sure = rest < SURE
+    if e.device.type != "cpu":  # choosing rows would have to wait for the device
+        return torch.where(sure, e.scatter(1, w.argmax(1, keepdim=True), 0.0).sum(1), rest)
+    rows = sure.nonzero().squeeze(1)
+    if rows.numel():
+        rest[rows] = e[rows].scatter_(1, w[rows].argmax(1, keepdim=True), 0.0).sum(1)
+    return rest
+
+
 def _fold_blend(
     blend: Blend, w_s: Tensor, w_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
 ) -> State:
@@ -147,11 +164,14 @@ def merge(parts: list[State], unit: float | Tensor) -> State:
     for model in "st":
         if f"k_{model}" in p:
             k = p[f"k_{model}"]
-            out[f"k_{model}"] = k.amax(0)
+            out[f"k_{model}"], first = k.max(0)
             d[model] = ((k - out[f"k_{model}"]) * unit).clamp(min=FLOOR)
             r[model] = torch.exp2(d[model])
             a[model] = r[model] * r[model]
-            out[f"L_{model}"] = (a[model] * p[f"L_{model}"]).sum(0)
+            masses = a[model] * p[f"L_{model}"]
+            first = first.unsqueeze(0)
+            rest = masses.scatter(0, first, p[f"M_{model}"].gather(0, first)).sum(0)
+            out[f"M_{model}"], out[f"L_{model}"] = rest, 1 + rest
             if f"A_{model}" in p:
                 out[f"A_{model}"] = (a[model] * (p[f"A_{model}"] + d[model] * p[f"L_{model}"])).sum(0)
     for model, other in (("t", "s"), ("s", "t")):
@@ -179,15 +199,18 @@ def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tenso
     for model in "st":
         if f"k_{model}" in state:
             k, total = state[f"k_{model}"], state[f"L_{model}"]
-            logsum = torch.where(k > FLOOR, total.log(), torch.nan)  # k = FLOOR: nothing but banned tokens
+            log_mass = state[f"M_{model}"].log1p()
+            logsum = torch.where(k > FLOOR, log_mass, torch.nan)  # k = FLOOR: nothing but banned tokens
             out[f"shift_{model}"], out[f"logsum_{model}"] = k / temperature, logsum
             out[f"lse_{model}"] = k / temperature + logsum
             if f"A_{model}" in state:
                 out[f"entropy_{model}"] = logsum - NATS * state[f"A_{model}"] / total
     for field, model, other in (("kl_fwd", "t", "s"), ("kl_rev", "s", "t")):
         if f"D_{model}" in state:
-            total, total_other = state[f"L_{model}"], state[f"L_{other}"]
-            kl = (NATS * state[f"D_{model}"] / total + torch.log(total_other / total)).clamp_(min=0.0)
+            total, grown = state[f"L_{model}"], state[f"M_{other}"] - state[f"M_{model}"]
+            log_ratio = torch.log(state[f"L_{other}"] / total)
+            log_ratio = torch.where(grown.abs() < 0.5 * total, torch.log1p(grown / total), log_ratio)
+            kl = (NATS * state[f"D_{model}"] / total + log_ratio).clamp_(min=0.0)
             kl = torch.where(state[f"ban_{other}"] > 0, torch.inf, kl)
             out[field] = torch.where(torch.isnan(out["lse_s"] + out["lse_t"]), torch.nan, kl)
     if "H" in state:

@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "reverse_kl": (int(REVERSE_KL), ("kl_rev",), ()),
     "hellinger_sq": (int(HELLINGER_SQ), ("hellinger_sq",), ()),
     "renyi": (int(RENYI), ("log_blend",), ()),
-    "alpha_beta": (int(ALPHA_BETA), ("sum_g",), ()),
+    "alpha_beta": (int(ALPHA_BETA), ("sum_g",), ("value", "sum_g")),
     "jsd": (int(JSD), ("kl_s",), ("kl_s", "kl_t")),
     "skew_forward_kl": (int(SKEW_FORWARD_KL), ("mean_share",), ("value", "mean_share")),
     "skew_reverse_kl": (int(SKEW_REVERSE_KL), ("value", "mean_share"), ("value", "mean_share")),
@@ -68,7 +68,7 @@ def sigmoid2(x):
     return 1.0 / (1.0 + tl.exp2(-x))
 
 
-# ---- class A: row scalars are measured statistics
+# ---- single-pass: row scalars are measured statistics
 
 
 @triton.jit
@@ -92,14 +92,10 @@ def hellinger_sq(g, w, l_s, l_t, p_s, h2):
 @triton.jit
 def renyi(g, w, l_s, l_t, p_s, log_blend, alpha):
     """ln(sum p_t^alpha p_s^(1 - alpha)) / (alpha - 1): p_s - p_t^alpha p_s^(1 - alpha) / sum of the same"""
-    blend = tl.exp2(tl.fma(alpha, l_t, (1.0 - alpha) * l_s) - log_blend * LOG2E)
-    return tl.fma(w, p_s - tl.where(l_s > NEVER, blend, 0.0), g)
-
-
-@triton.jit
-def alpha_beta(g, w, l_s, l_t, p_s, sum_g, a, b):
-    """ABKD: (g - p_s sum g) / a, g = p_s^(a + b) - p_t^a p_s^b"""
-    return tl.fma(w / a, tl.exp2((a + b) * l_s) - tl.exp2(tl.fma(a, l_t, b * l_s)) - p_s * sum_g, g)
+    bits = log_blend * LOG2E
+    gap = tl.fma(alpha, at_least_never(l_t) - at_least_never(l_s), -bits)
+    more = exp2_difference(tl.fma(alpha, l_t, (1.0 - alpha) * l_s) - bits, l_s, gap)
+    return tl.fma(-w, tl.where(l_s > NEVER, more, 0.0), g)
 
 
 @triton.jit
@@ -108,7 +104,7 @@ def label_score(g, w, p_s, label_factor):
     return tl.fma(-w * label_factor, p_s, g)
 
 
-# ---- class B: row scalars take a sweep of their own
+# ---- two-pass: row scalars take a sweep of their own
 
 
 @triton.jit
@@ -155,20 +151,60 @@ def skew_reverse_kl_sums(l_s, l_t, p_s, a):
 
 
 @triton.jit
+def expm1(v):
+    """e^v - 1 for |v| up to 0.35, relative error below 4e-7: its series."""
+    w = tl.fma(v, 1.0 / 6.0, 1.0)
+    w = tl.fma(v * w, 1.0 / 5.0, 1.0)
+    w = tl.fma(v * w, 1.0 / 4.0, 1.0)
+    w = tl.fma(v * w, 1.0 / 3.0, 1.0)
+    return v * tl.fma(v * w, 0.5, 1.0)
+
+
+@triton.jit
+def exp2_difference(y, x, gap):
+    """2^y - 2^x, gap = y - x: by the gap where it is small, as the difference would cancel."""
+    e = tl.exp2(x)
+    near = tl.abs(gap) < 0.5
+    return tl.where(near, e * expm1(tl.where(near, gap, 0.0) * LN2), tl.exp2(y) - e)
+
+
+@triton.jit
+def alpha_beta_cross(l_s, l_t, a, b):
+    """p_t^a p_s^b - p_s^(a + b)"""
+    d = at_least_never(l_t) - at_least_never(l_s)
+    return exp2_difference(tl.fma(a, l_t, b * l_s), (a + b) * l_s, a * d)
+
+
+@triton.jit
+def alpha_beta(g, w, l_s, l_t, p_s, sum_g, a, b):
+    """ABKD: g - p_s sum g, g = (p_s^(a + b) - p_t^a p_s^b) / a"""
+    return tl.fma(-w, tl.fma(p_s, sum_g, alpha_beta_cross(l_s, l_t, a, b) / a), g)
+
+
+@triton.jit
+def alpha_beta_sums(l_s, l_t, a, b):
+    """the value, sum g"""
+    d = at_least_never(l_t) - at_least_never(l_s)
+    cross = alpha_beta_cross(l_s, l_t, a, b)
+    whole = exp2_difference((a + b) * l_t, (a + b) * l_s, (a + b) * d)
+    return (a / (a + b) * whole - cross) / (a * b), -cross / a
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
 
 
 @triton.jit
-def tvd(g, w, p_s, p_t, mean_sign):
-    """sum |p_s - p_t| / 2: p_s (sign(p_s - p_t) - E_s[sign]) / 2, with sign 0 at a tie"""
-    return tl.fma(0.5 * w * p_s, sign(p_s - p_t) - mean_sign, g)
+def tvd(g, w, l_s, l_t, p_s, mean_sign):
+    """sum |p_s - p_t| / 2: p_s (sign(p_s - p_t) - E_s[sign]) / 2, with sign 0 at a tie, by the finer logarithms"""
+    return tl.fma(0.5 * w * p_s, sign(at_least_never(l_s) - at_least_never(l_t)) - mean_sign, g)
 
 
 @triton.jit
-def tvd_sums(p_s, p_t):
+def tvd_sums(l_s, l_t, p_s, p_t):
     """the value, E_s[sign]"""
-    return 0.5 * tl.abs(p_s - p_t), p_s * sign(p_s - p_t)
+    return 0.5 * tl.abs(p_s - p_t), p_s * sign(at_least_never(l_s) - at_least_never(l_t))
 
 
 @triton.jit
@@ -216,7 +252,7 @@ def add_gradient(KIND: tl.constexpr, R: tl.constexpr, P: tl.constexpr, g, w, l_s
     elif KIND == SKEW_REVERSE_KL:
         return skew_reverse_kl(g, w, l_s, l_t, p_s, rows[R], rows[R + 1], numbers[P + 1], numbers[P + 2])
     elif KIND == TVD:
-        return tvd(g, w, p_s, p_t, rows[R])
+        return tvd(g, w, l_s, l_t, p_s, rows[R])
     elif KIND == TODI:
         return todi(g, w, l_s, l_t, p_s, p_t, rows[R], numbers[P + 1])
     else:
@@ -226,7 +262,7 @@ def add_gradient(KIND: tl.constexpr, R: tl.constexpr, P: tl.constexpr, g, w, l_s
 
 @triton.jit
 def sum_terms(KIND: tl.constexpr, P: tl.constexpr, l_s, l_t, p_s, p_t, numbers):
-    """The two summands of a class-B divergence whose parameters are numbers[P:]."""
+    """The two summands of a two-pass divergence whose parameters are numbers[P:]."""
     if KIND == JSD:
         return jsd_sums(l_s, l_t, p_s, p_t, numbers[P])
     elif KIND == SKEW_FORWARD_KL:
@@ -234,7 +270,9 @@ def sum_terms(KIND: tl.constexpr, P: tl.constexpr, l_s, l_t, p_s, p_t, numbers):
     elif KIND == SKEW_REVERSE_KL:
         return skew_reverse_kl_sums(l_s, l_t, p_s, numbers[P])
     elif KIND == TVD:
-        return tvd_sums(p_s, p_t)
+        return tvd_sums(l_s, l_t, p_s, p_t)
+    elif KIND == ALPHA_BETA:
+        return alpha_beta_sums(l_s, l_t, numbers[P], numbers[P + 1])
     else:
         tl.static_assert(KIND == TODI, "this divergence needs no sums")
         return todi_sums(l_s, l_t, p_s, p_t, numbers[P])

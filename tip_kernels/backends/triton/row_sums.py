@@ -1,4 +1,4 @@
-"""LEARN, before the gradient: the row sums of divergences that need both normalisers first (class B in `_family.py`).
+"""LEARN, before the gradient: the row sums of divergences that need both normalisers first (two-pass in `_family.py`).
 
     out[name][i] = sum over v of a summand of row row_ids[i]                 JSD, skew KLs, total variation, ToDi
 
