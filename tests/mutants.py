@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ["numpy", "pytest", "torch", "triton.language", "transformers.models.llama.modeling_llama"]  # by all forks
 SECONDS = 300  # of one mutant's tests, after which it counts as caught: it hangs
 
 
@@ -753,7 +754,8 @@ def in_a_process(folder: str, arguments: list[str]) -> tuple[int, str]:
         try:
             import pytest
 
-            quiet = ["-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider"]
+            shared = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins among what forks share
+            quiet = ["-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *shared]
             code = int(pytest.main([*quiet, *arguments], plugins=[AnyExample()]))
         finally:
             sys.stdout.flush()
@@ -776,8 +778,9 @@ def main() -> int:
     sys.dont_write_bytecode = True
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
     with contextlib.redirect_stdout(io.StringIO()):
-        for name in ("numpy", "pytest", "torch", "triton.language"):  # forks share them
-            importlib.import_module(name)
+        for name in SHARED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     began, survivors = time.perf_counter(), 0
     with ProcessPoolExecutor(
         options.jobs, multiprocessing.get_context("fork")

@@ -54,13 +54,18 @@ def ended(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ended")
     for role in ("teacher", "student"):
         shutil.copytree(PACKAGED / role, folder / role)
-    (folder / "prompts.txt").write_text("".join(f"{i}+{i}=\n" for i in range(100, 140)))
+    write_prompts(folder)
     assert opd(*began_from(folder), "--steps", 2, *SMALL, "--output", folder / "run") == 0
     return folder
 
 
+def write_prompts(folder: Path) -> None:
+    rows = ({"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(100, 140))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def began_from(folder: Path) -> list[str]:
-    return [f"--{role}={folder / role}" for role in ("teacher", "student")] + [f"--task={folder / 'prompts.txt'}"]
+    return [f"--{role}={folder / role}" for role in ("teacher", "student")] + [f"--task={folder / 'prompts.jsonl'}"]
 
 
 @pytest.fixture
@@ -158,10 +163,18 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 CHANGED = {
-    "task": lambda folder: (folder / "prompts.txt").write_text((folder / "prompts.txt").read_text() + "1+1=\n"),
-    "teacher": lambda folder: shift(folder / "teacher/model.safetensors"),
-    "student": lambda folder: shift(folder / "student/model.safetensors"),
+    "a prompt": ("task", lambda folder: replace_text(folder / "prompts.jsonl", '"100+100="', '"100+101="')),
+    "an answer": ("task", lambda folder: replace_text(folder / "prompts.jsonl", '"200"', '"201"')),
+    "the teacher": ("teacher", lambda folder: shift(folder / "teacher/model.safetensors")),
+    "the student": ("student", lambda folder: shift(folder / "student/model.safetensors")),
+    "a way to end": ("student", lambda f: replace_text(f / "student/generation_config.json", "{", '{"top_k": 7,')),
 }
 
 
@@ -176,15 +189,16 @@ def shift(path: Path) -> None:
 def test_a_run_whose_task_teacher_or_student_has_changed_is_not_resumed(changed, tmp_path, capsys):
     for role in ("teacher", "student"):
         shutil.copytree(PACKAGED / role, tmp_path / role)
-    (tmp_path / "prompts.txt").write_text("".join(f"{i}+{i}=\n" for i in range(100, 140)))
+    write_prompts(tmp_path)
     run = tmp_path / "run"
     assert opd(*began_from(tmp_path), "--steps", 1, *SMALL, "--output", run) == 0
     before = contents(run)
-    CHANGED[changed](tmp_path)
+    role, change = CHANGED[changed]
+    change(tmp_path)
     for words in (["opd", "--resume", "--steps", 2, "--output", run], ["inspect", run, "--prompts", 1]):
         line = refused(capsys, *words[1:], name=words[0])
         assert f"expected a run that goes on as it began, got {run}/checkpoint-000001, which began with another" in line
-        assert f"another {changed}\n" in line
+        assert f"another {role}\n" in line
     assert contents(run) == before
 
 
@@ -560,13 +574,13 @@ FOLDERS = {
     "weights outside by the config": (config(transformers_weights="../x.safetensors"), WITHIN),
     "a shard that is not there": (lambda f: sharded(f, "model-2.safetensors"), "got no weights in safetensors"),
     "a place that is no name": (lambda f: sharded(f, 3), "a weight_map of file names in {}"),
-    "a wider model": (config(hidden_size=10**7), SHAPE),
-    "a larger vocabulary": (config(vocab_size=10**9), SHAPE),
+    "a wider model": (config(hidden_size=256), SHAPE),
+    "a larger vocabulary": (config(vocab_size=10**5), SHAPE),
     "a narrower MLP": (config(intermediate_size=100), SHAPE),
     "a layer more": (config(num_hidden_layers=3), "every weight in {}, got none for model.layers.2"),
     "a layer less": (config(num_hidden_layers=1), "no more layers than config.json in {} says, got model.layers.1"),
-    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers that the weights in {} have"),
-    "a billion labels": (config(num_labels=10**9), "num_labels that the weights in {} have"),
+    "a thousand layers": (config(num_hidden_layers=1000), "num_hidden_layers that the weights in {} have"),
+    "a million labels": (config(num_labels=10**6), "num_labels that the weights in {} have"),
     "truncated weights": (lambda f: cut(f / "model.safetensors"), "a causal language model in {}"),
     "weights of integers": (as_integers, "lm_head.weight in {} as floating-point numbers, got I8"),
     "a truncated config": (lambda f: cut(f / "config.json"), "a JSON object in {}"),
@@ -580,15 +594,22 @@ FOLDERS = {
 }
 
 
+SEEN_WHEN_READ = {"a weight of NaN", "an infinite weight", "a layer less", "a truncated tokenizer", "an end of text"}
+
+
 @pytest.mark.parametrize("damage", FOLDERS)
-def test_a_folder_that_is_not_the_model_that_it_says_is_one_line_that_names_it(damage, tmp_path, capsys):
-    folder = tmp_path / "student"
+def test_a_folder_that_is_not_the_model_that_it_says_is_one_line_that_names_it(damage, tmp_path, capsys, monkeypatch):
+    """Before any of its weights is read, where headers tell."""
+    folder, read = tmp_path / "student", pair.AutoModelForCausalLM.from_pretrained
     shutil.copytree(PACKAGED / "student", folder)
     change, message = FOLDERS[damage]
     change(folder)
+    asked: list[Path] = []
+    noted = lambda source, **options: (asked.append(source), read(source, **options))[1]  # noqa: E731
+    monkeypatch.setattr(pair.AutoModelForCausalLM, "from_pretrained", noted)
     line = refused(capsys, "--student", folder, *SMALL, "--output", tmp_path / "run")
     assert "argument --student: expected " in line and message.format(folder) in line, line
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and (damage in SEEN_WHEN_READ or folder not in asked)
 
 
 def test_a_model_in_shards_of_its_folder_is_read_as_one_in_a_file(tmp_path):
