@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -660,8 +661,9 @@ def test_a_model_of_nan_ends_with_an_error_that_names_it(role, tmp_path, capsys)
     assert not (tmp_path / "run/student").exists() and not (tmp_path / "run/latest").exists()
 
 
-def test_a_teacher_of_nan_for_one_token_ends_a_run_at_that_token(loop, monkeypatch):
-    teacher = loop.teacher
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_teacher_of_nan_for_one_token_ends_a_run_at_that_token(micro_batch, loop, monkeypatch):
+    teacher, loop.settings = loop.teacher, replace(loop.settings, micro_batch=micro_batch)
 
     def broken(rollouts):
         head = teacher(rollouts)
