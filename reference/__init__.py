@@ -1,6 +1,6 @@
 """The specification of tip-kernels: eager, full softmax, float64-able. Formulas are numbered in README.md."""
 
-from .adakd import adakd_loss, adaptive_focus, difficulty, difficulty_temperature
+from .adakd import adakd_loss, adaptive_focus, difficulty, difficulty_temperature, whole_criterion
 from .divergences import (
     alpha_beta,
     forward_kl,
@@ -94,4 +94,5 @@ __all__ = [
     "topk_reverse_kl",
     "tvd",
     "valid_rows",
+    "whole_criterion",
 ]

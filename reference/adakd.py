@@ -47,8 +47,10 @@ def adaptive_focus(
     tolerance: float = 0.05,
     step: float = 0.05,
     floor: float = 0.1,
+    reanchor: str = "paper",
 ) -> list[float]:
-    """R39: the ratio of kept tokens after each loss of a run, replayed from the start."""
+    """R39: the ratio of kept tokens after each loss of a run, replayed from the start; R39' with reanchor "release"."""
+    warmup += reanchor == "release"  # the loss after the warm-up sets the anchor, and is compared with nothing
     ratio, ratios = 1.0, []
     average = anchor = losses[0] if losses else 0.0  # the loss of the untrained student
     for t, loss in enumerate(losses, start=1):
@@ -56,15 +58,32 @@ def adaptive_focus(
         if t <= warmup:
             anchor = average
         else:
-            moved = ratio
+            moved, drifted = ratio, True
             if average < anchor * (1 - tolerance):
                 moved = max(floor, ratio * (1 - step))
             elif average > anchor * (1 + tolerance):
                 moved = min(1.0, ratio * (1 + step))
-            if moved != ratio:
+            else:
+                drifted = False
+            if moved != ratio or (drifted and reanchor == "release"):
                 ratio, anchor = moved, average
         ratios.append(ratio)
     return ratios
+
+
+def whole_criterion(
+    z_s: Tensor,
+    z_t: Tensor,
+    labels: Tensor,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    kept: Tensor,
+    *,
+    ce_weight: float,
+) -> Tensor:
+    """R41: (1 - w) mean of the divergence over kept rows + w mean of the cross-entropy over all labelled rows."""
+    labelled = labels != -100
+    ce = torch.nn.functional.cross_entropy(z_s[labelled], labels[labelled])
+    return (1 - ce_weight) * divergence(z_s[kept], z_t[kept]).mean() + ce_weight * ce
 
 
 def adakd_loss(

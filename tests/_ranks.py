@@ -683,10 +683,10 @@ def the_main_job_in_micro_batches_takes_the_same_step(group):
 
 
 @check(4)
-def the_readme_s_block_runs(group):
+def the_page_s_block_runs(group):
     """On two ranks of rows, each of two shards."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = re.findall(r"## Past one device\n.*?```python\n(.*?)```", readme, flags=re.S)
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "distributed.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     rank = dist.get_rank(group)
     rows = [dist.new_group(pair) for pair in ([0, 2], [1, 3])][rank % 2]
     shards = [dist.new_group(pair) for pair in ([0, 1], [2, 3])][rank // 2]
@@ -705,6 +705,98 @@ def train_head(side, rollouts) -> tip.Head:
     from tip_kernels.opd.train import response_head
 
     return response_head(side, rollouts)
+
+
+# ---- models in shards (FSDP)
+
+
+def tiny_lm(tied: bool, seed: int = 0):
+    import transformers
+
+    sizes = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.3))
+
+
+def fsdp2(resharded: bool | None = None, layers: bool = False, head: bool = False):
+    def shard_model(model, group):
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        options = {"mesh": DeviceMesh.from_group(group, "cpu")}
+        options |= {} if resharded is None else {"reshard_after_forward": resharded}
+        for unit in (*(model.model.layers if layers else ()), *([model.lm_head] if head else []), model):
+            fully_shard(unit, **options)
+        return model
+
+    return shard_model
+
+
+def fsdp1(**options):
+    def shard_model(model, group):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, process_group=group, device_id=torch.device("cpu"), **options)
+
+    return shard_model
+
+
+SHARDED = {
+    "the root alone": fsdp2(),
+    "layers and root": fsdp2(layers=True),
+    "all sharded again after forward": fsdp2(True, layers=True),
+    "a head of its own": fsdp2(layers=True, head=True),
+    "FSDP1, original parameters": fsdp1(use_orig_params=True),
+    "FSDP1, flat parameters": fsdp1(),
+}
+
+
+@check(2)
+def sharded_models_learn_through_heads_as_whole_ones_do(group):
+    """Two steps of two micro-batches each: every parameter moves as in one process on the rows of both ranks."""
+    from tip_kernels.hooks.transformers import distill_batch
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    tokens = torch.randint(0, 24, (2 * size, 9), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": x, "labels": x} for x in tokens.split(2)]
+    teacher = tiny_lm(False, seed=9)
+    for name, shard_model in SHARDED.items():
+        for tied in (False, True):
+            if tied and name == "a head of its own":
+                continue
+            whole, own = tiny_lm(tied), shard_model(tiny_lm(tied), group)
+            optimizers = [torch.optim.SGD(model.parameters(), 0.5) for model in (whole, own)]
+            for _ in range(2):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                losses = [distill_batch(whole, teacher, batch).loss for batch in batches]
+                (sum(losses) / size).backward()
+                loss = distill_batch(own, teacher, batches[rank]).loss
+                loss.backward()
+                assert abs(loss.item() / losses[rank].item() - 1) < 1e-5, (name, tied)
+                assert all(w.grad is not None for w in own.parameters() if w.numel()), (name, tied)
+                for optimizer in optimizers:
+                    optimizer.step()
+            with torch.no_grad():
+                x = {"input_ids": tokens}
+                gap = (own(**x).logits - whole(**x).logits).norm() / whole(**x).logits.norm()
+                start = (tiny_lm(tied)(**x).logits - whole(**x).logits).norm() / whole(**x).logits.norm()
+            assert gap < 1e-4 < 0.05 < start, (name, tied, gap, start)
+
+
+@check(2)
+def a_head_that_fsdp1_frees_is_refused_on_every_rank(group):
+    from functools import partial
+
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    from tip_kernels.hooks.transformers import head_of
+
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, torch.nn.Linear))
+    model = fsdp1(use_orig_params=True, auto_wrap_policy=policy)(tiny_lm(False), group)
+    text = refusal(lambda: head_of(model, input_ids=torch.arange(4).view(1, 4)))
+    assert "an output layer whose weight stays, got LlamaForCausalLM, which shards it again" in text, text
 
 
 # ---- a rank that is gone

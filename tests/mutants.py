@@ -720,7 +720,7 @@ def run(mutant: Mutant | str) -> Result:
     """The tests of a mutant in a copy with its edit, or those named alone on the package as it is; in a process."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("tests", "reference", "bench", "pyproject.toml", "README.md"):
+        for name in ("tests", "reference", "bench", "docs", "pyproject.toml", "README.md"):
             os.symlink(ROOT / name, Path(folder, name))
         shutil.copytree(ROOT / "tip_kernels", Path(folder, "tip_kernels"), ignore=shutil.ignore_patterns("__pycache__"))
         tests = mutant

@@ -41,6 +41,40 @@ def test_focus_replays_a_written_trace_step_by_step():
         assert focus.state_dict()["anchor"] == anchor
 
 
+def test_focus_replays_the_released_codes_trace_floor_included():
+    # Averages are the losses. 8 | 8 is the anchor, compared with nothing; 4 and 2 halve, anchor 2; 1 stays at the floor
+    # and 0.5 again, each an anchor; so 0.6 is a rise, where the paper's anchor is still 2, and goes on to 1.
+    losses = [9, 8, 4, 2, 1, 0.5, 0.6, 1.2, 2.4, 4.8, 9.6, 9]
+    focus = AdaptiveFocus(beta=0.0, tolerance=0.1, step=0.5, floor=0.3, warmup=1, reanchor="release")
+    trace = [1, 1, 0.5, 0.3, 0.3, 0.3, 0.45, 0.675, 1, 1, 1, 1]
+    anchors = [9, 8, 4, 2, 1, 0.5, 0.6, 1.2, 2.4, 4.8, 9.6, 9.6]
+    for loss, keep, anchor in zip(losses, trace, anchors, strict=True):
+        assert focus.update(loss) == pytest.approx(keep)
+        assert focus.state_dict()["anchor"] == anchor
+    paper = AdaptiveFocus(beta=0.0, tolerance=0.1, step=0.5, floor=0.3, warmup=2)
+    assert [paper.update(loss) for loss in losses][:8] == [1, 1, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3]
+
+
+@given(st.lists(st.floats(0.01, 100.0), max_size=60), st.integers(0, 5), st.sampled_from([0.0, 0.9]))
+@checked
+def test_focus_released_is_the_training_scripts_loop(losses, warmup, beta):
+    """Its own control flow, written down again: one anchor, which is None until a loss after the warm-up sets it."""
+    ratio, average, anchor, ratios = 1.0, None, None, []
+    for step, loss in enumerate(losses, start=1):
+        average = loss if average is None else beta * average + (1 - beta) * loss
+        if anchor is not None:
+            drop = anchor - average
+            if abs(drop) > 0.05 * anchor:
+                ratio = max(ratio * 0.95, 0.1) if drop > 0 else min(ratio * 1.05, 1.0)
+                anchor = average
+        elif step > warmup:
+            anchor = average
+        ratios.append(ratio)
+    focus = AdaptiveFocus(beta=beta, warmup=warmup, reanchor="release")
+    assert [focus.update(loss) for loss in losses] == pytest.approx(ratios)
+    assert ref.adaptive_focus(losses, warmup=warmup, smoothing=beta, reanchor="release") == pytest.approx(ratios)
+
+
 @checked
 @given(
     st.lists(st.floats(0.01, 100.0), max_size=40),

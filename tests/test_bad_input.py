@@ -280,6 +280,7 @@ CALLS = {
             ("rollout_ids", ROLLOUT_IDS),
             ("labels", LABELS),
             ("ce_weight", CE_WEIGHTS),
+            ("ce_rows", [("another", "every", "'kept' or 'all'"), ("none", None, "'kept' or 'all'")]),
             ("row_weights", ROW_WEIGHTS),
             ("temperature", TEMPERATURES + CALLABLES),
             ("temperature_sq", FLAGS),
@@ -396,7 +397,15 @@ RULES = {  # name: a bad value of each argument of the rule itself
     "TopMargin": QUOTA | {"by": "kl_rev"},
 }
 OTHERS = {
-    "AdaptiveFocus": {"beta": 1.0, "tolerance": -0.1, "step": 0.0, "floor": 0.0, "warmup": -1, "group": 1},
+    "AdaptiveFocus": {
+        "beta": 1.0,
+        "tolerance": -0.1,
+        "step": 0.0,
+        "floor": 0.0,
+        "warmup": -1,
+        "reanchor": "code",
+        "group": 1,
+    },
     "AlphaBeta": {"a": 0.0, "b": 0.0},
     "ForwardKL": {},
     "GradFilter": {"tolerance": 0.0},

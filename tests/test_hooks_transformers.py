@@ -405,6 +405,103 @@ def test_adapters_on_the_output_layer_are_refused_unless_they_are_off():
     torch.testing.assert_close(logits_of(head_of(model, **batch_of())), model(**batch_of()).logits)
 
 
+WRAPPED = {  # adapters whose head is one product, that of a weight which is there only while the layer runs
+    "a parameter of the head": {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
+    "rows of single tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 7, 40]}},
+}
+
+
+@pefts_own
+@pytest.mark.filterwarnings("ignore:.*target_parameters.*")
+@pytest.mark.parametrize("options", WRAPPED.values(), ids=WRAPPED)
+def test_a_head_is_read_where_its_forward_reads_it(options):
+    """The weight that the layer has outside of its forward is another one."""
+    torch.manual_seed(0)
+    model, inputs = lora(tiny("granite"), **options), batch_of()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora" in name or "token_adapter" in name:
+                weight.normal_(0, 0.4)
+    teacher = 3 * torch.randn(3, 9, V)
+    truth = jeffreys(model(**inputs).logits, teacher)
+    dense = gradients(model, truth)
+    ours = tip.distill(head_of(model, **inputs), teacher, select=tip.KeepAll(), divergence=tip.Jeffreys()).loss
+    got = gradients(model, ours)
+    assert ours.item() == pytest.approx(truth.item(), rel=1e-5)
+    learnt = {name for name, g in dense.items() if g is not None and g.any()}
+    assert any("lm_head" in name for name in learnt)
+    for name in learnt:
+        assert (got[name] - dense[name]).norm() <= 1e-5 * dense[name].norm(), name
+
+
+@pefts_own
+def test_refusals_of_adapters_say_so():
+    with pytest.raises(ValueError, match=r"student: .*LlamaForCausalLM with Linear, Linear, Linear: an adapter on it"):
+        student = lora(tiny("llama"), target_modules=["lm_head"])
+        distill_batch(student, tiny(), batch_of() | {"labels": batch_of()["input_ids"]})
+    peft = pytest.importorskip("peft")
+    prompted = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"teacher: .*an adapter of virtual tokens"):
+        distill_batch(tiny(), prompted, batch_of() | {"labels": batch_of()["input_ids"]})
+
+
+def test_what_wraps_an_output_layer_is_run():
+    """A forward put in its place, as hooks put one there, is part of the model."""
+    model = tiny("gemma2")
+    run = model.lm_head.forward
+    model.lm_head.forward = lambda x: run(x / 2)
+    torch.testing.assert_close(logits_of(head_of(model, **batch_of())), model(**batch_of()).logits)
+    assert vars(model.lm_head)["forward"] is not run
+    model.lm_head.compile(backend="eager")
+    with pytest.raises(ValueError, match="an output layer that is not compiled"):
+        head_of(model, **batch_of())
+
+
+def test_a_quantised_products_own_function_is_refused():
+    """4-bit layers multiply inside an autograd Function, whose gradient is their own."""
+
+    class Quantised(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return nn.functional.linear(x, weight)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            raise NotImplementedError
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed = nn.Parameter(torch.randn(V, 32))
+
+        def forward(self, x):
+            return Quantised.apply(x, self.packed)
+
+    with pytest.raises(ValueError, match="not quantised, got Layer"):
+        head_of(changed(lm_head=Layer()), **batch_of())
+
+
+def test_an_offloaded_head_is_taken_through_its_hook_unless_it_is_to_learn(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    teacher, student = tiny("cohere", seed=3), tiny("llama")
+    batch = batch_of() | {"labels": batch_of()["input_ids"]}
+    truth = distill_batch(student, teacher, batch).loss
+    accelerate.cpu_offload(teacher, execution_device="cpu")
+    assert teacher.lm_head.weight.is_meta
+    assert torch.equal(distill_batch(student, teacher, batch).loss, truth)
+    accelerate.disk_offload(student, str(tmp_path), execution_device="cpu")
+    with torch.no_grad():
+        assert torch.equal(distill_batch(student, teacher, batch).loss, truth)
+    with pytest.raises(
+        ValueError, match=r"student: expected an output layer whose weight stays, got Llama.* offloads it"
+    ):
+        distill_batch(student, teacher, batch)
+    split = accelerate.dispatch_model(
+        tiny("cohere", seed=3), {"model": "cpu", "lm_head": "disk"}, main_device="cpu", offload_dir=str(tmp_path / "b")
+    )
+    assert torch.equal(distill_batch(tiny("llama"), split, batch).loss, truth)
+
+
 # distill_batch
 
 
@@ -491,7 +588,7 @@ def test_micro_batches_add_up_to_the_whole_batch(at_once):
     student.zero_grad()
     for rows in (slice(0, 1), slice(1, 3)):
         micro = {name: value[rows] for name, value in batch.items()}
-        options = {"select": tip.KeepAll(), "num_items_in_batch": items, "backward": at_once}
+        options = {"select": tip.KeepAll(), "num_items_in_batch": items, "execution": tip.Execution(backward=at_once)}
         loss = distill_batch(student, teacher, micro, **options).loss
         assert loss.requires_grad != at_once
         if not at_once:
@@ -511,12 +608,83 @@ def test_a_teacher_may_be_what_a_serving_engine_returned():
     assert out.loss.item() == pytest.approx(own_loss(student, teacher, batch).mean().item(), rel=1e-4)
 
 
+def test_a_top_k_teacher_of_every_position_loses_its_last_row():
+    student, batch = tiny(seed=1), batch_of()
+    logp = torch.randn(*batch["input_ids"].shape, V).log_softmax(-1).topk(5)
+    whole, cut = (tip.TopK(logp.indices[:, part], logp.values[:, part]) for part in (slice(None), slice(None, -1)))
+    batch |= {"labels": batch["input_ids"]}
+    losses = [distill_batch(student, teacher, batch, select=tip.KeepAll()).loss for teacher in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def test_a_row_mask_narrows_what_the_batch_says_and_adakd_passes():
+    student, teacher, batch = tiny(seed=1), tiny(seed=2), batch_of()
+    batch |= {"labels": batch["input_ids"].masked_fill(torch.arange(9) < 3, -100)}
+    narrower = torch.arange(8).expand(3, 8) % 2 == 0
+    out = distill_batch(student, teacher, batch, select=tip.KeepAll(), row_mask=narrower)
+    every = distill_batch(student, teacher, batch, select=tip.KeepAll()).kept.mask.view(3, 8)
+    assert torch.equal(out.kept.mask.view(3, 8), every & narrower)
+    mask = batch["labels"][:, 1:] != -100
+    adakd = distill_batch(student, teacher, batch, **tip.adakd(0.5, row_mask=mask))
+    assert 0 < int(adakd.plan.kept_rows) <= int(mask.sum()) // 2
+    for wrong in (narrower[:, :-1], narrower.long(), True):
+        with pytest.raises(ValueError, match="row_mask: expected a bool tensor"):
+            distill_batch(student, teacher, batch, row_mask=wrong)
+
+
 def test_a_batch_without_a_learned_token_gives_a_zero_that_is_in_the_graph():
     student, teacher, batch = pair_and_batch()
     batch["labels"].fill_(-100)
     loss = distill_batch(student, teacher, batch).loss
     assert loss.item() == 0
     assert all(g is None or not g.any() for g in gradients(student, loss).values())
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_own_loss_is_added_by_the_models_coefficient(name, at_once):
+    student, teacher, batch = pair_and_batch()
+    student = tiny(name, output_router_logits=True, router_aux_loss_coef=0.3)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    exact = copy.deepcopy(student).double()
+    router = 0.3 * exact(**inputs).aux_loss
+    truth = own_loss(exact, teacher.double(), batch).mean() + router
+    truths = gradients(exact, truth)
+    student.zero_grad()
+    out = distill_batch(
+        student, teacher.float(), batch, select=tip.KeepAll(), execution=tip.Execution(backward=at_once)
+    )
+    if not at_once:
+        out.loss.backward()
+    assert router > 0.2 and out.router_loss.item() == pytest.approx(router.item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    for weight, g in truths.items():
+        if g is not None:
+            got = dict(student.named_parameters())[weight].grad.double()
+            assert (got - g).norm() <= 1e-4 * g.norm() + 1e-6, weight
+    micro = distill_batch(student, teacher, batch, select=tip.KeepAll(), num_items_in_batch=2 * 15)
+    assert micro.loss.item() == pytest.approx(truth.item() / 2, rel=1e-5)
+    assert distill_batch(tiny(name), teacher, batch).router_loss is None
+    with pytest.warns(RuntimeWarning, match="aux_loss"):
+        head_of(student, **inputs)
+    with torch.no_grad():
+        head_of(student, **inputs)
+
+
+def test_entries_of_a_batch_that_are_no_tensors_are_named():
+    student, teacher, batch = pair_and_batch()
+    for name in ("labels", "input_ids", "attention_mask"):
+        with pytest.raises(ValueError, match=rf"{name}: expected a tensor \(B, T\), .*got list"):
+            distill_batch(student, teacher, batch | {name: batch[name].tolist()})
+    with pytest.raises(ValueError, match="completion_mask: expected a tensor"):
+        distill_batch(student, teacher, batch | {"completion_mask": batch["labels"].tolist()})
+
+
+def test_images_that_a_text_model_leaves_unread_are_warned_of():
+    student, teacher, batch = pair_and_batch()
+    with pytest.warns(RuntimeWarning, match="no input 'pixel_values', which it leaves unread") as said:
+        distill_batch(student, teacher, batch | {"pixel_values": torch.zeros(3, 3, 8, 8)})
+    assert {str(w.message).split()[1] for w in said} == {"Qwen3ForCausalLM", "Gemma2ForCausalLM"}
 
 
 # Qwen2.5 pads its vocabulary to 151,936 rows in small models and to 152,064 in large ones

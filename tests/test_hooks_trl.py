@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
 
 
 def step_of(trainer, before):
@@ -391,6 +391,62 @@ ADAKD = {
 }
 
 
+def first_step(folder, monkeypatch, **settings):
+    """Of a trainer's first step: the tokens kept of each rollout, the gradient, and what it logged."""
+    trainer = made(folder, prompts=16, **SGD | {"learning_rate": 0.01}, **settings)
+    if trainer.focus:
+        trainer.focus.keep = 0.3
+    kept, gradient, distill, learn, finish = {}, [], tip.distill, trainer._learn, trainer._finish_step
+    outs = []
+
+    def watched(student, teacher, mask, inputs, temperature):
+        result = learn(student, teacher, mask, inputs, temperature)
+        for prompt, completion, row, chosen in zip(
+            inputs["prompt_ids"], inputs["completion_ids"], mask, outs[-1].kept.mask.view(mask.shape), strict=True
+        ):
+            kept[tuple(prompt[prompt != 0].tolist()), tuple(completion[row].tolist())] = chosen[row].tolist()
+        return result
+
+    def finished(model):
+        factor = finish(model)
+        gradient.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
+        return factor
+
+    trainer._learn, trainer._finish_step = watched, finished
+    with monkeypatch.context() as patched:
+        patched.setattr(tip, "distill", lambda *args, **named: outs.append(distill(*args, **named)) or outs[-1])
+        trainer.train()
+    return kept, gradient[0], trainer.state.log_history[0]
+
+
+STEPS = {
+    "soft_or": {"tip_rule": "soft_or"},
+    "overconfident, without quadrants": {"tip_rule": "overconfident", "tip_quadrants": False},
+    "entropy of the batch": {"tip_rule": "entropy", "tip_scope": "batch", "tip_keep": 60},
+    "threshold": {"tip_rule": "threshold", "tip_threshold_above": "quantile:0.8"},
+    "adakd": {"tip_rule": "adakd", "temperature": 2.0},
+    "cuts": {"tip_rule": "overconfident", "tip_keep": 0.5, "tip_entropy_below": "quantile:0.7", "temperature": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_statistics_of_the_step_are_those_of_one_big_batch(tmp_path, monkeypatch, case):
+    def run(size, statistics):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        return first_step(tmp_path, monkeypatch, tip_statistics=statistics, **sizes, **STEPS[case])
+
+    kept, gradient, row = run(16, "micro_batch")
+    assert len(kept) == 16 and 0 < row["tip/kept_frac"] < 1
+    for size in (16, 4, 1):
+        ours, changed, logged = run(size, "step")
+        assert ours == kept
+        assert (changed - gradient).abs().max() <= 1e-6 * max(1.0, gradient.abs().max())
+        for name in {name for name in row if name in ("loss", "grad_norm") or name.startswith("tip/")}:
+            assert logged[name] == pytest.approx(row[name], rel=1e-5, abs=1e-7), name
+    if case in ("soft_or", "entropy of the batch"):
+        assert run(4, "micro_batch")[0] != kept
+
+
 def test_adakd_learns_as_distill_with_its_arguments_and_moves_its_share(tmp_path):
     trainer = made(tmp_path, **SGD | {"learning_rate": 0.01}, **ADAKD, max_steps=6)
     learn, sums = trainer._learn, []
@@ -549,6 +605,7 @@ def test_every_rule_trains(tmp_path, rule):
         ({"tip_divergence": "todi", "beta": 0.5}, r"beta: expected its default 1.0 beside tip_divergence='todi'"),
         ({"tip_rule": "threshold"}, r"tip_threshold_above: expected a bound"),
         ({"tip_rule": "threshold", "tip_threshold_above": 0.1, "tip_threshold_by": "kl"}, r"tip_threshold_by: .*'kl'"),
+        ({"tip_statistics": "rank"}, r"tip_statistics: expected 'micro_batch' or 'step', got 'rank'"),
         ({"tip_rule": "overconfident", "tip_entropy_below": "quantile:2"}, r"tip_entropy_below: .*'quantile:2'"),
         ({"tip_rule": "adakd", "tip_adakd_floor": 0.0}, r"tip_adakd_\*: floor: "),
     ],
@@ -594,8 +651,8 @@ def test_trls_own_example_runs_with_the_names_swapped(tmp_path, monkeypatch):
     assert (tmp_path / "student-Distillation").is_dir()
 
 
-def test_readmes_swap_runs(tmp_path):
-    section = README.split("## With TRL")[1].split("\n## ")[0]
+def test_the_swap_of_the_page_runs(tmp_path):
+    section = PAGE.split("## TRL")[1].split("\n## ")[0]
     block = re.search(r"```diff\n(.*?)```", section, flags=re.S)[1]
     code = "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-"))
     texts, _ = rollouts_of(8)

@@ -1,9 +1,10 @@
-"""The README's code runs as it stands, its before and after are the same loss, and its loops train the same student."""
+"""README and the pages of docs/: their code runs as it stands, they are short, and what they link to exists."""
 
 from __future__ import annotations
 
-import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,27 @@ import torch
 
 import tip_kernels as tip
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.M))
-BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.S) for name, text in SECTIONS.items()}
-MODELS = ("With transformers", "Any loop")  # sections whose code is about models; elsewhere it is about tensors
-RUN_ELSEWHERE = {"With TRL", "Past one device"}  # by tests/test_hooks_trl.py and tests/_ranks.py
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+PAGES = {"README.md": README} | PAGES
+BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.S) for name, text in PAGES.items()}
+RUN_ELSEWHERE = {"docs/guides/distributed.md"}  # by tests/_ranks.py
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.decode([i]) for i in ids]
 
 
 def tensors() -> dict[str, object]:
     torch.manual_seed(0)
-    names = {"tip": tip, "mask": torch.rand(2, 20) < 0.8}
+    names = {"tip": tip, "mask": torch.rand(2, 20) < 0.8, "labels": torch.randint(0, 50, (2, 20))}
     for model, width in (("s", 8), ("t", 12)):
         names[f"hidden_{model}"] = torch.randn(2, 20, width)
         names[f"head_{model}"] = torch.randn(50, width)
@@ -35,91 +47,134 @@ def tensors() -> dict[str, object]:
 
 
 def models() -> dict[str, object]:
-    """Two tiny models and four batches of two rows, the same on every call."""
+    """Two tiny models and a batch of two rows, the same on every call."""
     transformers = pytest.importorskip("transformers")
-    names = {"tip": tip}
+    names = {"tip": tip, "tokenizer": Letters()}
     for seed, (name, layers) in enumerate({"student": 1, "teacher": 2}.items()):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
         config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=layers, **sizes)
         names[name] = transformers.LlamaForCausalLM(config).eval()
-    dataset = []
-    for length in (9, 7, 8, 9, 5, 9, 9, 6):
-        tokens = torch.randint(0, 50, (9,))
-        attention = (torch.arange(9) < length).long()
-        labels = tokens.masked_fill((attention == 0) | (torch.arange(9) < 3), -100)
-        dataset.append({"input_ids": tokens, "attention_mask": attention, "labels": labels})
-    names["dataset"] = dataset
-    names["loader"] = torch.utils.data.DataLoader(dataset, batch_size=2)
-    names["batch"] = next(iter(names["loader"]))
+    tokens, places = torch.randint(0, 50, (2, 9)), torch.arange(9)
+    attention = (places < torch.tensor([[9], [7]])).long()
+    labels = tokens.masked_fill((attention == 0) | (places < 3), -100)
+    return names | {"batch": {"input_ids": tokens, "attention_mask": attention, "labels": labels}}
+
+
+def run_block(block: str, earlier: dict[str, object]) -> dict[str, object]:
+    """A block after those above it on its page, with fresh tensors or models."""
+    names = earlier | (models() if "hooks.transformers" in block else tensors())
+    exec(block, names)
     return names
 
 
-@pytest.mark.parametrize("section", [name for name in BLOCKS if name not in (*MODELS, *RUN_ELSEWHERE)])
-def test_every_python_block_about_tensors_runs(section):
-    for block in BLOCKS[section]:
-        names = tensors()
-        exec(block, names)
-        assert names["mask"].flatten()[names["ids"]].all() if "ids" in names else names["hidden_s"].grad.any()
+@pytest.mark.parametrize("page", [name for name in BLOCKS if BLOCKS[name] and name not in RUN_ELSEWHERE])
+def test_every_python_block_runs_after_those_above_it(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if page.endswith("add-a-divergence.md") and not hasattr(tip.Divergence, "row_sums"):
+        pytest.skip("divergences are not records yet")
+    names = {"__name__": "page"}
+    monkeypatch.setattr("tip_kernels.distillation.registry.RULES", dict(_rules()))
+    for block in BLOCKS[page]:
+        names = run_block(block, names)
+        if ".backward()" in block:
+            if isinstance(names["student"], torch.nn.Module):
+                assert all(weight.grad is not None and weight.grad.any() for weight in names["student"].parameters())
+            else:
+                assert names["hidden_s"].grad.any()
 
 
-def test_every_section_has_the_code_it_is_tested_for():
-    counts = {name: len(BLOCKS[name]) for name in ("Before and after", "Measure, select, learn", "With verl", *MODELS)}
-    assert list(counts.values()) == [2, 1, 1, 1, 4]
+def _rules():
+    from tip_kernels.distillation import registry
+
+    return registry.RULES
 
 
 def test_after_is_before_where_every_token_is_kept():
+    section = README.split("## Before and after")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     before, after = tensors(), tensors()
-    exec(BLOCKS["Before and after"][0], before)
-    exec(BLOCKS["Before and after"][1].replace("tip.SoftOr(0.2)", "tip.KeepAll()"), after)
+    exec(blocks[0], before)
+    exec(blocks[1].replace("tip.SoftOr(0.2)", "tip.KeepAll()"), after)
     torch.testing.assert_close(after["out"].loss, before["loss"])
     torch.testing.assert_close(after["head_s"].grad, before["head_s"].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_block_about_transformers_gives_every_weight_a_gradient():
-    names = models()
-    exec(BLOCKS["With transformers"][0], names)
-    assert all(weight.grad is not None and weight.grad.any() for weight in names["student"].parameters())
+def test_a_rule_by_its_page_is_one_file_and_one_line(tmp_path, monkeypatch):
+    """The page's first block in a file of its own, imported, and its second block, keep the tokens that it says."""
+    file, line, *_ = BLOCKS["docs/developing/add-a-rule.md"]
+    (tmp_path / "surprise.py").write_text(file)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert line.count("\n") == 1
+    names = tensors()
+    exec("from surprise import Surprise\n" + line, names)
+    logp = names["student_logits"].log_softmax(-1).gather(-1, names["labels"][..., None])[..., 0]
+    for row, mask, kept in zip(logp, names["mask"], names["out"].kept.mask.view(2, 20), strict=True):
+        count = int(0.2 * int(mask.sum()) + 1e-6)
+        least = row.masked_fill(~mask, torch.inf).argsort()[:count]
+        assert kept.nonzero().flatten().tolist() == sorted(least.tolist())
+    sys.modules.pop("surprise")
 
 
-@pytest.mark.filterwarnings("ignore")  # what the frameworks say about a run this small
-@pytest.mark.parametrize("framework", ["accelerate", "lightning"])
-def test_every_loop_trains_the_student_that_the_plain_one_does(framework, tmp_path, monkeypatch):
-    pytest.importorskip(framework)
+@pytest.mark.skipif(not hasattr(tip.Divergence, "row_sums"), reason="divergences are not records yet")
+def test_the_divergence_of_its_page_has_the_gradient_of_autograd():
+    (block,) = BLOCKS["docs/developing/add-a-divergence.md"]
+    names = run_block(block, {"__name__": "page"})
+    student = names["student_logits"].flatten(0, 1).requires_grad_()
+    teacher = names["teacher_logits"].flatten(0, 1)
+    losses = tip.divergence_loss(student, teacher, divergence=names["Brier"]())
+    (ours,) = torch.autograd.grad(losses.sum(), student)
+    wide = student.detach().double().requires_grad_()
+    truth = (wide.softmax(-1) - teacher.double().softmax(-1)).square().sum(-1) / 2
+    torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.double(), torch.autograd.grad(truth.sum(), wide)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_saved_statistics_are_a_page_of_tokens(tmp_path, monkeypatch):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("safetensors")
+    from tip_kernels.__main__ import main
+
     monkeypatch.chdir(tmp_path)
-    plain, *others = BLOCKS["Any loop"]
-    (block,) = [other for other in others if f"import {framework}" in other or f"from {framework}" in other]
-    names, other = models(), models()
-    start = copy.deepcopy(names["student"].state_dict())
-    exec(plain, names)
-    exec(block, other)
-    for (name, weight), again in zip(names["student"].state_dict().items(), other["student"].parameters(), strict=True):
-        assert (weight - start[name]).abs().max() > 1e-3, name
-        torch.testing.assert_close(again.detach(), weight, msg=name)
+    block = next(block for block in BLOCKS["docs/guides/inspect.md"] if "save_statistics" in block)
+    names = run_block(block, {})
+    assert main(["inspect", "step_100.safetensors", "--quiet"]) == 0
+    page = (tmp_path / "inspect.html").read_text()
+    assert str(int(names["mask"].sum())) in page and "student entropy" in page
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_trainer_brings_the_student_closer_to_the_teacher(tmp_path, monkeypatch):
-    pytest.importorskip("accelerate")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    names = models()
-    (block,) = [block for block in BLOCKS["Any loop"] if "transformers.Trainer" in block]
-    options = 'num_train_epochs=10, learning_rate=1e-2, gradient_accumulation_steps=2, report_to="none"'
-    before = out_of(names)
-    exec(block.replace('"runs/trainer"', f'"runs/trainer", {options}'), names)
-    assert out_of(names) < 0.5 * before
+def test_the_readme_is_of_two_minutes():
+    assert README.count("\n") <= 150 and len(README.split()) <= 1500
 
 
-def out_of(names: dict[str, object]) -> float:
-    from tip_kernels.hooks.transformers import distill_batch
-
-    with torch.no_grad():
-        batches = torch.utils.data.DataLoader(names["dataset"], batch_size=8)
-        return distill_batch(names["student"], names["teacher"], next(iter(batches)), select=tip.KeepAll()).loss.item()
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_of_prose_is_over_200_characters(page):
+    assert not [line for line in PAGES[page].splitlines() if len(line) > 200]
 
 
-def test_every_public_name_is_in_the_readme_or_is_what_a_call_returns():
-    returned = {"Distilled", "Divergence", "Kept", "Plan", "Rule", "TokenStats"}
-    missing = [name for name in tip.__all__ if name not in returned and name not in README]
-    assert not missing
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", PAGES[page], flags=re.S)
+    for target, anchor in re.findall(r"\]\((?!https?:|#)([^)#\s]+)#?([^)\s]*)\)", text):
+        path = (ROOT / page).parent / target
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+            anchors = {re.sub(r"[^\w -]", "", head.split("{#")[0].strip().lower()).replace(" ", "-") for head in heads}
+            assert anchor in anchors, f"{target}#{anchor}"
+
+
+def test_every_public_name_is_on_a_page_and_in_the_api():
+    text, api = "\n".join(PAGES.values()), PAGES["docs/api.md"]
+    assert not [name for name in tip.__all__ if name not in text or f"_public.{name}\n" not in api]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("index.html")}
+    assert {"index.html", "api/index.html", "findings/index.html", "developing/architecture/index.html"} <= pages
+    assert "Measures all rows" in (tmp_path / "api" / "index.html").read_text()

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from tip_kernels.select.rule import KeepAll, Kept, Rule, SoftOr, spans_ranks
 from tip_kernels.sources.pair import Head, HeadRows, Pair, Request, row_temperature
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import (
+    IGNORE_LABEL,
     LABEL_FIELDS,
     STUDENT_FIELDS,
     TEACHER_FIELDS,
@@ -72,6 +73,7 @@ def distill(
     rollout_ids: Tensor | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
+    ce_rows: str = "kept",
     row_weights: Tensor | None = None,
     temperature: Temperature = 1.0,
     temperature_sq: bool = False,
@@ -100,6 +102,9 @@ def distill(
             SampledReverseKL and for ce_weight.
         ce_weight: In [0, 1]: mixes a label loss at temperature 1 from the same sweep,
             ce_weight * CE + (1 - ce_weight) * D; CE is 0 in a row without a label.
+        ce_rows: "kept", or "all": CE is then its plain mean over all labelled, unmasked rows beside the divergence on
+            kept ones, as the training scripts of AdaKD and ToDi have it (R41). That is a loss of its own over those
+            rows: one more forward and backward product of the student's head for each.
         row_weights: float (N,) or (B, T); gets a gradient where it requires one.
         temperature: A positive float, a float tensor (N,) or (B, T), or a callable `stats -> (N,)`: rows are then
             measured at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits.
@@ -119,6 +124,13 @@ def distill(
     Raises:
         ValueError: Naming the argument.
     """
+    if ce_rows not in ("kept", "all"):
+        refuse("ce_rows", "'kept' or 'all'", ce_rows)
+    if ce_rows == "all" and ce_weight:
+        how = {"row_mask": row_mask, "labels": labels, "workspace_mib": workspace_mib, "execution": execution}
+        choice = {"select": select, "rollout_ids": rollout_ids, "row_weights": row_weights, "normalizer": normalizer}
+        loss = {"divergence": divergence, "temperature": temperature, "temperature_sq": temperature_sq}
+        return _with_ce_of_all_rows(student, teacher, ce_weight, how, choice | loss)
     adaptive = callable(temperature)
     request = Request.checked(
         student, teacher, labels=labels, temperature=1.0 if adaptive else temperature, row_mask=row_mask,
@@ -149,6 +161,30 @@ def distill(
             loss.backward(None if scale is None else torch.as_tensor(scale, device=loss.device).float())
         loss = loss.detach()
     return Distilled(loss, learned.stats, learned.kept, Plan(strategy.name, batch.units, workspace_mib, *dropped))
+
+
+def _with_ce_of_all_rows(
+    student: Tensor | Head, teacher: Tensor | Head | TopK, ce_weight: float, how: dict[str, Any], rest: dict[str, Any]
+) -> Distilled:
+    """The divergence of kept rows and the label loss of all, each as a loss of its own, and their sum."""
+    expect(0 <= finite_number("ce_weight", ce_weight) <= 1, "ce_weight", "a number in [0, 1]", ce_weight)
+    labels, mask, execution, normalizer = how["labels"], how["row_mask"], how["execution"], rest["normalizer"]
+    expect(labels is not None, "labels", "int64 labels of the rows, since ce_weight reads them", labels)
+    expect(isinstance(normalizer, str), "normalizer", "'kept' or 'all' beside ce_rows='all'", normalizer)
+    if not isinstance(execution, Execution):
+        refuse("execution", "a tip_kernels.Execution", execution)
+    expect(not execution.backward, "execution", "backward=False beside ce_rows='all', whose losses are two", execution)
+    out = distill(student, teacher, **how, **rest)
+    labelled = labels.to(out.kept.mask.device if mask is None else mask.device).reshape(-1) != IGNORE_LABEL
+    mask = labelled if mask is None else labelled & mask.reshape(-1)
+    how = how | {"row_mask": mask, "execution": replace(execution, full_stats=False)}
+    ce = distill(student, teacher, **how, select=KeepAll(), divergence=rest["divergence"], ce_weight=1.0)
+    loss = ce.loss
+    if spans_ranks(rest["select"]):  # then the divergence's mean is over all ranks, too
+        total = collectives.total(ce.plan.weight, rest["select"].group)
+        loss = loss * ce.plan.weight / torch.where(total == 0, 1.0, total)
+    plan = replace(out.plan, units=out.plan.units + ce.plan.units)
+    return out._replace(loss=(1 - ce_weight) * out.loss + ce_weight * loss, plan=plan)
 
 
 def _strategy_for(step: Step) -> tuple[Strategy, Layout | None]:

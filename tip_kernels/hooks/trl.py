@@ -4,7 +4,8 @@
     from tip_kernels.hooks.trl import TIPDistillationConfig, TIPDistillationTrainer      # after
 
 Generation, wrappers (DDP, FSDP, ZeRO, PEFT), logit scales and images stay TRL's: the stock `_compute_loss` runs with
-another divergence function. Selection is per micro-batch and rank; quotas are per rollout.
+another divergence function. Selection is per micro-batch and rank, or with `tip_statistics="step"` over the whole
+optimizer step: all its micro-batches are then measured before the first is learned from. Quotas are per rollout.
 
 The loss of an optimizer step is the sum over the kept tokens of all its micro-batches and ranks, divided by how many
 those are. A quota rule's count follows from the masks, which are known for the whole step before its first forward, so
@@ -81,6 +82,13 @@ class TIPDistillationConfig(DistillationConfig):
         "What tip_keep is a share of: each rollout, or the batch (one device's micro-batch).",
         choices=("rollout", "batch"),
     )
+    tip_statistics: str = _setting(
+        "micro_batch",
+        "Among which tokens a rule ranks and normalizes, and AdaKD takes its median: those of a device's micro_batch, "
+        "or of the optimizer step: all its micro-batches on all devices (a threshold's quantiles: on each device). "
+        "The price of step: one more forward of student and teacher for every micro-batch, without a graph.",
+        choices=("micro_batch", "step"),
+    )
     tip_divergence: str | None = _setting(
         None,
         f"The loss on a kept token: {', '.join(names.DIVERGENCES)}; with parameters as in jsd:0.1. Default: as beta "
@@ -130,8 +138,11 @@ class TIPDistillationConfig(DistillationConfig):
         """The rule of one optimizer step; `adakd_keep` is AdaKD's share of it."""
         if self.tip_scope not in ("rollout", "batch"):
             raise ValueError(f"tip_scope: expected 'rollout' or 'batch', got {self.tip_scope!r}")
+        if self.tip_statistics not in ("micro_batch", "step"):
+            raise ValueError(f"tip_statistics: expected 'micro_batch' or 'step', got {self.tip_statistics!r}")
+        scope = "global" if self.tip_statistics == "step" else self.tip_scope
         if self.tip_rule == "adakd":
-            return tip.TopHellinger(adakd_keep, scope=self.tip_scope)
+            return tip.TopHellinger(adakd_keep, scope=scope)
         if self.tip_rule == "threshold":
             cuts = [self._read(f"tip_threshold_{side}", names.cut_of, optional=True) for side in ("above", "below")]
             if cuts == [None, None]:
@@ -146,7 +157,7 @@ class TIPDistillationConfig(DistillationConfig):
                 for name in ("entropy_below", "divergence_above")
             }
             rule = replace(rule, **cuts)
-        return replace(rule, scope=self.tip_scope) if isinstance(rule, QuotaRule) else rule
+        return replace(rule, scope=scope) if isinstance(rule, QuotaRule) else rule
 
     def make_divergence(self) -> tip.Divergence:
         """The loss on a kept token."""
@@ -220,8 +231,11 @@ class TIPDistillationTrainer(DistillationTrainer):
         self._select: tip.Rule | None = None  # of the current optimizer step
         self._sums: list[Tensor] = []  # of its micro-batches, on the device
         self._losses: list[Tensor] = []
+        self._measuring: tip.StepSelection | None = None  # while micro-batches are measured, and nothing is learned
+        self._measured = 0  # rollouts so far
         super().__init__(model, teacher_model, args, *rest, **named)
-        if self.is_deepspeed_enabled and not count_is_known(self.make_rule()):
+        chosen_first = args.tip_statistics == "step"
+        if self.is_deepspeed_enabled and not (chosen_first or count_is_known(self.make_rule())):
             raise ValueError(
                 f"tip_rule: expected a rule whose count is known beforehand, since DeepSpeed steps inside backward, "
                 f"got {args.tip_rule!r}"
@@ -238,13 +252,57 @@ class TIPDistillationTrainer(DistillationTrainer):
             if self.focus and self.focus.state_dict()["seen"] == 0 and FOCUS in self.state.stateful_callbacks:
                 self.focus.load_state_dict(self.state.stateful_callbacks[FOCUS])
             self._select = self.make_rule()
-            if count_is_known(self._select):
+            if self.args.tip_statistics == "step":
+                self._choose()
+            elif count_is_known(self._select):
                 masks = [_loss_mask(batch) for batch in self._buffered_inputs]
                 count = torch.stack([count_kept(self._select, mask) for mask in masks]).sum()
                 count = self.accelerator.gather(count).sum()
                 for batch in self._buffered_inputs:
                     batch["num_items_in_batch"] = count
         return inputs
+
+    def _choose(self) -> None:
+        """Measures every micro-batch of the step, chooses among all, and leaves each what it is to learn from."""
+        choice: dict[str, Any] = {"select": self._select, "temperature": self.temperature}
+        if self.focus:
+            choice = self._adakd(self.temperature, scope="global", median_scope="global")
+        choice = {name: choice[name] for name in ("select", "temperature", "temperature_sq") if name in choice}
+        step = tip.StepSelection(**choice, full_stats=not choice["select"].needs >= self._logged)
+        self._measuring, self._measured = step, 0
+        model = self.model_wrapped
+        student = self.accelerator.unwrap_model(model)
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for batch in self._buffered_inputs:
+                    self._forward_redirection(model, student, self._compute_loss, student, batch, None)
+        finally:
+            self._measuring = None
+        parts = step.parts()
+        count = self.accelerator.gather(step.kept.mask.sum()).sum()
+        sizes = [part["select"].kept.mask.numel() for part in parts]
+        columns = [getattr(step.stats, name).split(sizes) for name in sorted(self._logged)]
+        for batch, part, *values in zip(self._buffered_inputs, parts, *columns, strict=True):
+            stats = tip.TokenStats(**dict(zip(sorted(self._logged), values, strict=True)))
+            batch |= {"num_items_in_batch": count, "tip_part": part, "tip_stats": stats}
+
+    @property
+    def _logged(self) -> frozenset[str]:
+        """The statistics of every token that the log reads."""
+        return frozenset({"entropy_s", "kl_rev"} if self.args.tip_quadrants else {"entropy_s"})
+
+    def _adakd(self, temperature: float, **how: Any) -> dict[str, Any]:
+        assert self.focus is not None
+        return {**tip.adakd(self.focus, strength=self.args.tip_adakd_strength, base=temperature, **how)}
+
+    def _measure(self, step: tip.StepSelection, student: tip.Head, teacher: tip.Head, mask: Tensor) -> None:
+        ids = None
+        if self.args.tip_scope == "rollout":  # a number that no other rollout of the step has, on any device
+            first = (self.accelerator.process_index << 40) + self._measured
+            ids = (torch.arange(len(mask), device=mask.device) + first).unsqueeze(1).expand(mask.shape)
+        self._measured += len(mask)
+        workspace = self.args.tip_workspace_mib
+        step.measure(student, teacher, row_mask=mask.cpu(), rollout_ids=ids, workspace_mib=workspace)
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         # The stock method as it is, but for the one name: whatever it knows of models is TRL's to keep up with.
@@ -285,7 +343,10 @@ class TIPDistillationTrainer(DistillationTrainer):
                 teacher_logit_scale,
                 teacher_final_logit_softcapping,
             )
-            return self._learn(student, teacher, mask, inputs["completion_ids"], temperature)
+            if self._measuring is not None:
+                self._measure(self._measuring, student, teacher, mask)
+                return hidden.new_zeros(()), hidden.new_zeros(8, dtype=torch.float64)
+            return self._learn(student, teacher, mask, inputs, temperature)
 
         leaves = student_hidden_states, student_lm_head_weight, student_lm_head_bias
         at_once = torch.is_grad_enabled() and is_deepspeed_zero3_enabled()
@@ -295,32 +356,33 @@ class TIPDistillationTrainer(DistillationTrainer):
         ):
             total, sums = _AtOnce.apply(learn, *leaves) if at_once else learn(*leaves)
         count_trainable, count_kept = sums[:2]
-        self._sums.append(sums[:7])
+        if self._measuring is None:
+            self._sums.append(sums[:7])
         entropy_sum = sums[7]
         if num_items_in_batch is None:
             num_items_in_batch = count_kept.clamp(min=1)
         return (total / num_items_in_batch).float(), entropy_sum, count_trainable.long()
 
     def _learn(
-        self, student: tip.Head, teacher: tip.Head, mask: Tensor, token_ids: Tensor, temperature: float
+        self, student: tip.Head, teacher: tip.Head, mask: Tensor, inputs: dict[str, Any], temperature: float
     ) -> tuple[Tensor, Tensor]:
         """The sum of the kept tokens' losses, with its gradient, and (8,) float64 sums over the trainable tokens: one
         each, kept, that loss, the four quadrants, the student's entropy."""
         rows = mask.cpu()  # there, rows that are masked are left out of every sweep
         choice = {"select": self._select, "row_mask": rows, "temperature": temperature}
+        stats = inputs.get("tip_stats")  # of every token, where the step has been measured
         if not self.model.training:
             choice["select"] = tip.KeepAll()
+        elif stats is not None:
+            choice = inputs["tip_part"]
         elif self.focus:
-            choice = tip.adakd(
-                self.focus,
-                row_mask=rows,
-                strength=self.args.tip_adakd_strength,
-                base=temperature,
-                scope=self.args.tip_scope,
-            )
+            choice = self._adakd(temperature, row_mask=rows, scope=self.args.tip_scope)
         quadrants = self.args.tip_quadrants
-        measured = choice["select"].needs
-        labels = token_ids.to(mask.device).masked_fill(~mask, -100) if self._divergence.needs & LABEL_FIELDS else None
+        labels = (
+            inputs["completion_ids"].to(mask.device).masked_fill(~mask, -100)
+            if self._divergence.needs & LABEL_FIELDS
+            else None
+        )
         out = tip.distill(
             student,
             teacher,
@@ -328,16 +390,15 @@ class TIPDistillationTrainer(DistillationTrainer):
             divergence=self._divergence,
             labels=labels,
             workspace_mib=self.args.tip_workspace_mib,
-            execution=tip.Execution(
-                full_stats=not measured >= ({"entropy_s", "kl_rev"} if quadrants else {"entropy_s"})
-            ),
+            execution=tip.Execution(full_stats=stats is None and not choice["select"].needs >= self._logged),
         )
+        stats = stats or out.stats
         with torch.no_grad():
             flat = mask.flatten()
             kept = out.plan.kept_rows - out.plan.dropped_rows
-            quadrant = tip.quadrants(out.stats, row_mask=mask) if quadrants else torch.zeros_like(flat)
+            quadrant = tip.quadrants(stats, row_mask=flat) if quadrants else torch.zeros_like(flat)
             shares = [(quadrant == i).sum() for i in (1, 2, 3, 4)]
-            entropies = torch.where(flat, out.stats.entropy_s, 0.0).sum()
+            entropies = torch.where(flat, stats.entropy_s, 0.0).sum()
             sums = [flat.sum(), kept, out.loss.detach(), *shares, entropies]
             return out.loss, torch.stack([value.double() for value in sums])
 

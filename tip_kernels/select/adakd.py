@@ -62,8 +62,7 @@ class AdaptiveFocus:
 
     for every loss, in this order. During the first `warmup` losses keep stays 1 and the anchor follows the average.
 
-    Source: arXiv 2510.11615, Eqs. 4 to 7. There the released code compares the average after this loss's update, as
-    here, and also moves the anchor when keep stays at its floor or at 1.
+    Source: arXiv 2510.11615, Eqs. 4 to 7, and its released code; R39.
 
     Args:
         beta: In [0, 1): how much of the average stays.
@@ -71,6 +70,9 @@ class AdaptiveFocus:
         step: In (0, 1): by how much keep moves.
         floor: In (0, 1]: the smallest keep; the released code has it, the paper does not.
         warmup: int of at least 0: losses without a move, 5 % of the run in the paper.
+        reanchor: "paper": the anchor moves when keep does. "release": as the released code, it moves whenever the
+            average has left the band, though keep stays at floor or at 1 (so that keep leaves its floor as soon as the
+            loss rises), and the loss after the warmup sets it without being compared.
         group: torch.distributed process group of the data-parallel ranks; None is all of them.
 
     Attributes:
@@ -88,6 +90,7 @@ class AdaptiveFocus:
         floor: float = 0.1,
         warmup: int = 0,
         *,
+        reanchor: str = "paper",
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         expect(0 <= finite_number("beta", beta) < 1, "beta", "a number in [0, 1)", beta)
@@ -96,10 +99,11 @@ class AdaptiveFocus:
         expect(0 < finite_number("floor", floor) <= 1, "floor", "a number in (0, 1]", floor)
         ok = is_int(warmup) and warmup >= 0
         expect(ok, "warmup", "an int of at least 0", warmup)
+        expect(reanchor in ("paper", "release"), "reanchor", "'paper' or 'release'", reanchor)
         ok = group is None or collectives.is_group(group)
         expect(ok, "group", "a process group that this rank is in, or None", group)
         self.beta, self.tolerance, self.step, self.floor, self.warmup = beta, tolerance, step, floor, warmup
-        self.group = group
+        self.reanchor, self.group = reanchor, group
         self.keep = 1.0
         self._seen = 0
         self._average = self._anchor = math.nan
@@ -128,15 +132,18 @@ class AdaptiveFocus:
             self._average = self._anchor = loss
         self._seen += 1
         self._average = self.beta * self._average + (1 - self.beta) * loss
-        if self._seen <= self.warmup:
+        released = self.reanchor == "release"
+        if self._seen <= self.warmup + released:
             self._anchor = self._average
             return self.keep
+        fallen = self._average < self._anchor * (1 - self.tolerance)
+        risen = self._average > self._anchor * (1 + self.tolerance)
         keep = self.keep
-        if self._average < self._anchor * (1 - self.tolerance):
+        if fallen:
             keep = max(self.floor, keep * (1 - self.step))
-        elif self._average > self._anchor * (1 + self.tolerance):
+        elif risen:
             keep = min(1.0, keep * (1 + self.step))
-        if keep != self.keep:
+        if keep != self.keep or (released and (fallen or risen)):
             self.keep, self._anchor = keep, self._average
         return self.keep
 
@@ -160,7 +167,7 @@ class AdaptiveFocus:
 
     def __repr__(self) -> str:
         settings = ", ".join(
-            f"{name}={getattr(self, name)}" for name in ("beta", "tolerance", "step", "floor", "warmup")
+            f"{name}={getattr(self, name)}" for name in ("beta", "tolerance", "step", "floor", "warmup", "reanchor")
         )
         return f"AdaptiveFocus({settings}, keep={self.keep:.4g})"
 
