@@ -122,7 +122,7 @@ def _described(folder: Path) -> nn.Module:
 def _compare(argument: str, folder: Path, model: nn.Module, entries: Entries) -> None:
     """Every weight of the model has its shape in the file, or, under another name there, as many elements."""
     own = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    for name in own.keys() & entries.keys():
+    for name in sorted(own.keys() & entries.keys()):  # the same line each time
         shape, dtype = entries[name]
         if shape != own[name]:
             raise UsageError(
