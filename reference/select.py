@@ -215,10 +215,17 @@ def soft_or_scores(stats: Stats, normalize: str = "rank", *, row_mask: Tensor | 
 
 
 def select_soft_or(
-    stats: Stats, keep: float | int, normalize: str = "rank", *, row_mask: Tensor | None = None, **scope
+    stats: Stats,
+    keep: float | int,
+    normalize: str = "rank",
+    lowest: bool = False,
+    *,
+    row_mask: Tensor | None = None,
+    **scope,
 ) -> Tensor:
     """R32, SoftOr: normalised over the batch, chosen per scope; rank scores compare exactly, as fractions."""
-    return _keep_largest(stats, _soft_or(stats, normalize, row_mask), keep, **scope)
+    scores = _soft_or(stats, normalize, row_mask)
+    return _keep_largest(stats, {i: -x for i, x in scores.items()} if lowest else scores, keep, **scope)
 
 
 def _overconfident(stats: Stats, by: str, row_mask: Tensor | None) -> dict[int, Score]:

@@ -425,6 +425,13 @@ STEPS = {
     "entropy of the batch": {"tip_rule": "entropy", "tip_scope": "batch", "tip_keep": 60},
     "threshold": {"tip_rule": "threshold", "tip_threshold_above": "quantile:0.8"},
     "adakd": {"tip_rule": "adakd", "temperature": 2.0},
+    "adakd as released": {
+        "tip_rule": "adakd",
+        "tip_scope": "batch",
+        "tip_adakd_median_of": "kept",
+        "tip_adakd_reanchor": "release",
+        "tip_loss_temperature": 2.0,
+    },
     "cuts": {"tip_rule": "overconfident", "tip_keep": 0.5, "tip_entropy_below": "quantile:0.7", "temperature": 2.0},
 }
 
@@ -605,6 +612,11 @@ def test_every_rule_trains(tmp_path, rule):
         ({"tip_divergence": "todi", "beta": 0.5}, r"beta: expected its default 1.0 beside tip_divergence='todi'"),
         ({"tip_rule": "threshold"}, r"tip_threshold_above: expected a bound"),
         ({"tip_rule": "threshold", "tip_threshold_above": 0.1, "tip_threshold_by": "kl"}, r"tip_threshold_by: .*'kl'"),
+        ({"tip_min_rows": -1}, r"tip_min_rows: min_rows: expected an int of at least 0, got .*-1"),
+        ({"tip_rule": "sample_entropy", "tip_gamma": -1.0}, r"tip_gamma: gamma: expected .* got .*-1"),
+        ({"tip_loss_temperature": 0.0}, r"tip_loss_temperature: .*expected a finite number above 0, got .*0"),
+        ({"tip_rule": "adakd", "tip_adakd_median_of": "all"}, r"tip_adakd_median_of: expected 'valid' or 'kept'"),
+        ({"tip_rule": "adakd", "tip_adakd_reanchor": "code"}, r"reanchor: expected 'paper' or 'release', got .*'code'"),
         ({"tip_statistics": "rank"}, r"tip_statistics: expected 'micro_batch' or 'step', got 'rank'"),
         ({"tip_rule": "overconfident", "tip_entropy_below": "quantile:2"}, r"tip_entropy_below: .*'quantile:2'"),
         ({"tip_rule": "adakd", "tip_adakd_floor": 0.0}, r"tip_adakd_\*: floor: "),

@@ -463,8 +463,10 @@ def test_the_gradient_is_that_of_the_mean_divergence_of_the_kept_tokens(pair, di
         {"rule": "soft_or_minmax", "scope": "global"},
         {"rule": "overconfident", "divergence": "todi"},
         {"rule": "sample_entropy", "scope": "batch"},
-        {"preset": "adakd"},
+        {"preset": "adakd", "median_of": "kept", "reanchor": "release", "loss_temperature": 2.0},
         {"rule": "soft_or", "teacher_topk": 4},
+        {"rule": "sample_entropy", "alpha": 0.5, "gamma": 1.0, "min_rows": 0, "loss_temperature": 2.0},
+        {"rule": "soft_or_lowest"},
         {"rule": "entropy", "divergence": "sampled_reverse_kl"},
     ],
     ids=str,
@@ -830,6 +832,12 @@ BAD = {
     "a word as a threshold": (
         ["--rule", "overconfident", "--entropy-below", "low"],
         r"argument --entropy-below: expected a finite number in nats, or quantile:Q .* got 'low'",
+    ),
+    "a power of another rule": (["--gamma", "1"], r"--gamma: expected none beside --rule soft_or, got 1"),
+    "a median of no preset": (["--median-of", "kept"], r"--median-of: expected none beside --rule soft_or"),
+    "a listed teacher, heated": (
+        ["--teacher-topk", "4", "--loss-temperature", "2"],
+        r"--teacher-topk: expected none beside --loss-temperature 2, since it lists",
     ),
     "a threshold of another rule": (
         ["--divergence-above", "0.1"],

@@ -33,6 +33,7 @@ DETERMINISTIC = [
     sel.TopMargin(0.5),
     sel.SoftOr(0.5),
     sel.SoftOr(0.5, normalize="minmax"),
+    sel.SoftOr(0.5, lowest=True),
     sel.Overconfident(0.5),
     sel.Overconfident(0.5, "kl_rev", ("quantile", 0.6), ("quantile", 0.3)),
 ]
@@ -298,6 +299,16 @@ def test_soft_or_rank_ignores_how_far_out_an_outlier_lies():
     far = stats_of(entropy_s=stats.entropy_s, kl_rev=stats.kl_rev.where(stats.kl_rev < stats.kl_rev.max(), 1e30))
     assert torch.equal(sel.SoftOr(0.3)(stats).scores, sel.SoftOr(0.3)(far).scores)
     assert not torch.equal(sel.SoftOr(0.3, "minmax")(stats).scores, sel.SoftOr(0.3, "minmax")(far).scores)
+
+
+@pytest.mark.parametrize("normalize", ["rank", "minmax"])
+def test_the_lowest_soft_or_is_the_other_half(normalize):
+    stats = random_stats(4, 10)
+    low, high = sel.SoftOr(0.5, normalize, lowest=True)(stats), sel.SoftOr(0.5, normalize)(stats)
+    assert torch.equal(low.mask, ~high.mask) and torch.equal(low.scores, -high.scores)
+    assert torch.equal(
+        low.mask, ref.select_soft_or(as_dict(stats), 0.5, normalize, True, rollout_ids=torch.arange(40) // 10)
+    )
 
 
 def test_overconfident_is_the_papers_rule_in_four_lines():

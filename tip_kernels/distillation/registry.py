@@ -26,6 +26,7 @@ RULES = {
     "sample_entropy": lambda keep, generator: _rule("SampleEntropy", keep, generator=generator),
     "soft_or": lambda keep, generator: _rule("SoftOr", keep),
     "soft_or_minmax": lambda keep, generator: _rule("SoftOr", keep, normalize="minmax"),
+    "soft_or_lowest": lambda keep, generator: _rule("SoftOr", keep, lowest=True),
     "overconfident": lambda keep, generator: _rule("Overconfident", keep),
     "divergence": lambda keep, generator: _rule("TopDivergence", keep),
     "hellinger": lambda keep, generator: _rule("TopHellinger", keep),

@@ -34,6 +34,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 import tip_kernels as tip
+from tip_kernels._checks import finite_number
 from tip_kernels.compat._calls import head, jsd
 from tip_kernels.distillation import registry as names
 from tip_kernels.select.rule import QuotaRule
@@ -100,6 +101,12 @@ class TIPDistillationConfig(DistillationConfig):
     tip_divergence_above: float | str | None = _setting(
         None, "overconfident: only tokens of a KL(teacher || student) above this, in nats, or quantile:0.9."
     )
+    tip_min_rows: int = _setting(1, "The least number of tokens kept of a rollout (or batch); 0 is the papers' floor.")
+    tip_alpha: float = _setting(1.0, "sample_entropy: drawn in proportion to entropy^alpha hellinger_sq^gamma.")
+    tip_gamma: float = _setting(0.0, "sample_entropy: see tip_alpha.")
+    tip_loss_temperature: float | None = _setting(
+        None, "Divides both models' logits in loss and statistics. Default: temperature, which is also the rollouts'."
+    )
     tip_threshold_by: str = _setting(
         "kl_rev", "threshold: the statistic: kl_rev, kl_fwd, hellinger_sq, entropy_s, entropy_t."
     )
@@ -117,6 +124,17 @@ class TIPDistillationConfig(DistillationConfig):
     tip_adakd_warmup: int = _setting(
         0, "adakd: optimizer steps before the share moves; 5 percent of the run in the paper."
     )
+    tip_adakd_median_of: str = _setting(
+        "valid",
+        "adakd: the median difficulty is that of all valid tokens (the paper) or of the kept ones (its code).",
+        choices=("valid", "kept"),
+    )
+    tip_adakd_reanchor: str = _setting(
+        "paper",
+        "adakd: the average loss to compare with moves as in the paper, or also while the share is at its floor or 1, "
+        "as in its code.",
+        choices=("paper", "release"),
+    )
     tip_quadrants: bool = _setting(
         True,
         "Log tip/q1_frac to tip/q4_frac. They need the teacher's statistics of every token, which entropy and "
@@ -131,6 +149,10 @@ class TIPDistillationConfig(DistillationConfig):
                 f"beta: expected its default 1.0 beside tip_divergence={self.tip_divergence!r}, which takes its place, "
                 f"got {self.beta!r}"
             )
+        if self.tip_loss_temperature is not None:
+            self._made("tip_loss_temperature", partial(finite_number, "it", self.tip_loss_temperature, positive=True))
+        if self.tip_adakd_median_of not in ("valid", "kept"):
+            raise ValueError(f"tip_adakd_median_of: expected 'valid' or 'kept', got {self.tip_adakd_median_of!r}")
         self.make_focus(), self.make_divergence()
         self.make_rule(1.0)
 
@@ -142,7 +164,9 @@ class TIPDistillationConfig(DistillationConfig):
             raise ValueError(f"tip_statistics: expected 'micro_batch' or 'step', got {self.tip_statistics!r}")
         scope = "global" if self.tip_statistics == "step" else self.tip_scope
         if self.tip_rule == "adakd":
-            return tip.TopHellinger(adakd_keep, scope=scope)
+            return self._made(
+                "tip_min_rows", partial(tip.TopHellinger, adakd_keep, scope=scope, min_rows=self.tip_min_rows)
+            )
         if self.tip_rule == "threshold":
             cuts = [self._read(f"tip_threshold_{side}", names.cut_of, optional=True) for side in ("above", "below")]
             if cuts == [None, None]:
@@ -157,7 +181,12 @@ class TIPDistillationConfig(DistillationConfig):
                 for name in ("entropy_below", "divergence_above")
             }
             rule = replace(rule, **cuts)
-        return replace(rule, scope=scope) if isinstance(rule, QuotaRule) else rule
+        if isinstance(rule, tip.SampleEntropy):
+            powers = {"alpha": self.tip_alpha, "gamma": self.tip_gamma}
+            rule = self._made("tip_alpha or tip_gamma", partial(replace, rule, **powers))
+        if not isinstance(rule, QuotaRule):
+            return rule
+        return self._made("tip_min_rows", partial(replace, rule, scope=scope, min_rows=self.tip_min_rows))
 
     def make_divergence(self) -> tip.Divergence:
         """The loss on a kept token."""
@@ -169,7 +198,7 @@ class TIPDistillationConfig(DistillationConfig):
         """AdaKD's share of kept tokens, or None without it."""
         if self.tip_rule != "adakd":
             return None
-        settings = ("beta", "tolerance", "step", "floor", "warmup")
+        settings = ("beta", "tolerance", "step", "floor", "warmup", "reanchor")
         return self._made(
             "tip_adakd_*", partial(tip.AdaptiveFocus, **{name: getattr(self, f"tip_adakd_{name}") for name in settings})
         )
@@ -264,9 +293,10 @@ class TIPDistillationTrainer(DistillationTrainer):
 
     def _choose(self) -> None:
         """Measures every micro-batch of the step, chooses among all, and leaves each what it is to learn from."""
-        choice: dict[str, Any] = {"select": self._select, "temperature": self.temperature}
+        temperature = self.args.tip_loss_temperature or self.temperature
+        choice: dict[str, Any] = {"select": self._select, "temperature": temperature}
         if self.focus:
-            choice = self._adakd(self.temperature, scope="global", median_scope="global")
+            choice = self._adakd(temperature, scope="global", median_scope="global")
         choice = {name: choice[name] for name in ("select", "temperature", "temperature_sq") if name in choice}
         step = tip.StepSelection(**choice, full_stats=not choice["select"].needs >= self._logged)
         self._measuring, self._measured = step, 0
@@ -293,7 +323,8 @@ class TIPDistillationTrainer(DistillationTrainer):
 
     def _adakd(self, temperature: float, **how: Any) -> dict[str, Any]:
         assert self.focus is not None
-        return {**tip.adakd(self.focus, strength=self.args.tip_adakd_strength, base=temperature, **how)}
+        how |= {"strength": self.args.tip_adakd_strength, "median_of": self.args.tip_adakd_median_of}
+        return {**tip.adakd(self.focus, base=temperature, min_rows=self.args.tip_min_rows, **how)}
 
     def _measure(self, step: tip.StepSelection, student: tip.Head, teacher: tip.Head, mask: Tensor) -> None:
         ids = None
@@ -330,7 +361,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In place of TRL's function: the loss, the sum of entropies, how many tokens are trainable."""
-        mask = completion_mask != 0
+        mask, temperature = completion_mask != 0, self.args.tip_loss_temperature or temperature
 
         def learn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             scales = student_logit_scale, student_final_logit_softcapping

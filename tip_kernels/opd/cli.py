@@ -77,11 +77,21 @@ def check_preset(given: dict, stored: dict) -> None:
             raise UsageError(f"argument --{name}: expected none beside --preset {preset}, got {given[name]!r}")
 
 
-def check_thresholds(settings: Settings) -> None:
-    """Only one rule reads them."""
-    for name in ("entropy_below", "divergence_above"):
+READERS = {  # options that one rule or preset alone reads
+    "entropy_below": "overconfident",
+    "divergence_above": "overconfident",
+    "alpha": "sample_entropy",
+    "gamma": "sample_entropy",
+    "median_of": "adakd",
+    "reanchor": "adakd",
+}
+
+
+def check_readers(settings: Settings) -> None:
+    """Refuses an option that nothing reads."""
+    for name, reader in READERS.items():
         value = getattr(settings, name)
-        if value is not None and (settings.preset or settings.rule != "overconfident"):
+        if value is not None and reader != (settings.preset or settings.rule):
             other = f"--preset {settings.preset}" if settings.preset else f"--rule {settings.rule}"
             raise UsageError(f"argument --{name.replace('_', '-')}: expected none beside {other}, got {value!r}")
 
@@ -94,6 +104,8 @@ def check_teacher(settings: Settings) -> None:
         other = f"--preset {settings.preset}, whose temperatures need whole distributions"
     elif settings.samples_tokens:
         other = f"--divergence {settings.divergence}, which reads tokens that the teacher may not list"
+    elif settings.loss_temperature != 1:
+        other = f"--loss-temperature {settings.loss_temperature:g}, since it lists log-probabilities at 1"
     else:
         return
     raise UsageError(f"argument --teacher-topk: expected none beside {other}, got {settings.teacher_topk}")
@@ -192,7 +204,7 @@ def run_claimed(options: dict, ranks: Ranks, claim: Claim) -> int:
     began, folder = time.perf_counter(), claim.folder
     quiet = options.get("quiet", False) or not ranks.writes
     settings, resumed = ranks.decided(lambda: settings_of(options, claim))
-    check_thresholds(settings)
+    check_readers(settings)
     check_teacher(settings)
     trackers.check(options.get("tracker"))
     device = ranks.device if ranks.count > 1 else pick_device(settings.device)

@@ -70,6 +70,17 @@ def positive(text: str) -> float:
     return value
 
 
+def least_zero(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, got {text!r}")
+    return value
+
+
 def share(text: str) -> float:
     """A number above 0 and up to 1."""
     value = positive(text)
@@ -105,14 +116,26 @@ def parser() -> Parser:
     text = "what --keep is a share of: each rollout, a process's batch, or global: each rollout, among the rollouts of "
     text += "all processes, which ranks and normalized values are then of"
     option(g, "--scope", str, text, choices=("rollout", "batch", "global"))
+    text = "the least number of tokens kept of a rollout; 0 lets a short one keep none, as the papers' floor does"
+    option(g, "--min-rows", whole(0), text, "N")
+    text = "with --rule sample_entropy: drawn in proportion to entropy^alpha hellinger_sq^gamma (default 1 and 0)"
+    option(g, "--alpha", least_zero, text, "POWER")
+    option(g, "--gamma", least_zero, "see --alpha", "POWER")
     text = "with --rule overconfident: only tokens of an entropy below this, in nats, or quantile:0.5 of the batch's"
     option(g, "--entropy-below", cut, text, "NATS")
     text = "with --rule overconfident: only tokens of a KL(teacher || student) above this, likewise"
     option(g, "--divergence-above", cut, text, "NATS")
     text = f"the loss on a kept token: {', '.join(DIVERGENCES)}; with parameters as in jsd:0.1 or alpha_beta:0.2,0.7"
     option(g, "--divergence", divergence, text, "NAME[:NUMBERS]")
+    text = "divides both models' logits in loss and statistics; that of the rollouts is --temperature"
+    option(g, "--loss-temperature", positive, text, "T")
     text = "adakd: the share of tokens kept falls with the loss, the hardest first, each with a temperature of its own"
     option(g, "--preset", str, f"instead of --rule and --keep; {text}", choices=PRESETS)
+
+    text = "with --preset adakd: the median difficulty is that of all valid tokens (paper) or of the kept (its code)"
+    option(g, "--median-of", str, text, choices=("valid", "kept"))
+    text = "with --preset adakd: the loss to compare with moves as in the paper, or also at the smallest and largest "
+    option(g, "--reanchor", str, text + "share, as in the released code", choices=("paper", "release"))
 
     g = p.add_argument_group("training")
     option(g, "--steps", whole(1), "optimizer steps, a rollout batch each", "N")

@@ -43,10 +43,16 @@ class Settings:
     rule: str = "soft_or"
     keep: float | int = 0.2
     scope: str = "rollout"
+    min_rows: int = 1
+    alpha: float | None = None  # of sample_entropy
+    gamma: float | None = None
     entropy_below: str | None = None  # of the overconfident
     divergence_above: str | None = None
     divergence: str = "reverse_kl"
+    loss_temperature: float = 1.0
     preset: str | None = None  # takes the place of rule and keep
+    median_of: str | None = None  # of adakd
+    reanchor: str | None = None
     teacher_topk: int | None = None  # None: the teacher's whole distribution
     steps: int = 50
     batch: int = 128
@@ -73,7 +79,9 @@ class Settings:
         if self.rule == "overconfident":
             cuts = {"entropy_below": self.entropy_below, "divergence_above": self.divergence_above}
             rule = replace(rule, **{name: None if cut is None else cut_of(cut) for name, cut in cuts.items()})
-        return replace(rule, scope=self.scope) if isinstance(rule, QuotaRule) else rule
+        powers = {"alpha": self.alpha, "gamma": self.gamma}
+        rule = replace(rule, **{name: value for name, value in powers.items() if value is not None})
+        return replace(rule, scope=self.scope, min_rows=self.min_rows) if isinstance(rule, QuotaRule) else rule
 
     @property
     def samples_tokens(self) -> bool:
@@ -82,4 +90,6 @@ class Settings:
 
     def make_focus(self) -> tip.AdaptiveFocus | None:
         """AdaKD's ratio of kept rows; it starts to move when the learning rate has risen, whatever --steps says."""
-        return tip.AdaptiveFocus(warmup=self.warmup) if self.preset == "adakd" else None
+        return (
+            tip.AdaptiveFocus(warmup=self.warmup, reanchor=self.reanchor or "paper") if self.preset == "adakd" else None
+        )

@@ -245,9 +245,12 @@ class Loop:
             ids = ids.unsqueeze(1).expand(mask.shape)
         if self.focus:
             median_scope = "global" if scope == "global" else "batch"
-            return adakd(self.focus, row_mask=mask, rollout_ids=ids, scope=scope, median_scope=median_scope)
+            how = {"base": self.settings.loss_temperature, "median_of": self.settings.median_of or "valid"}
+            how["min_rows"] = self.settings.min_rows
+            return adakd(self.focus, row_mask=mask, rollout_ids=ids, scope=scope, median_scope=median_scope, **how)
         rule = self.settings.make_rule(self.generator("rule"))
-        return {"select": rule, "row_mask": mask, "rollout_ids": ids, "normalizer": "kept"}
+        at = {"temperature": self.settings.loss_temperature}
+        return {"select": rule, "row_mask": mask, "rollout_ids": ids, "normalizer": "kept"} | at
 
     def labels(self, rollouts: Rollouts) -> Tensor | None:
         """(B, L) the sampled tokens, where the divergence reads them: place i holds the one that row i predicts."""

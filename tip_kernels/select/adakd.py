@@ -283,6 +283,7 @@ def adakd(
     scope: str = "rollout",
     median_scope: str = "batch",
     median_of: str = "valid",
+    min_rows: int = 1,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> AdaKDArguments:
     """The arguments with which `distill` learns as AdaKD does, for any divergence.
@@ -310,6 +311,7 @@ def adakd(
             a rule's.
         median_scope: "batch" (the paper), "rollout" or "global": the batches of all ranks.
         median_of: "valid": over all trainable rows (the paper), "kept": over the kept ones (the released code).
+        min_rows: As a rule's; 0 is the paper's floor.
         group: Process group for "global"; None is all ranks.
 
     Returns:
@@ -326,7 +328,7 @@ def adakd(
     expect(median_scope in MEDIANS, "median_scope", "'batch', 'rollout' or 'global'", median_scope)
     expect(median_of in ("valid", "kept"), "median_of", "'valid' or 'kept'", median_of)
     check_group(group, "global" in (scope, median_scope))
-    rule = TopHellinger(keep, scope=scope, group=group if scope == "global" else None)
+    rule = TopHellinger(keep, scope=scope, min_rows=min_rows, group=group if scope == "global" else None)
     temperature = DifficultyTemperature(
         strength,
         base,

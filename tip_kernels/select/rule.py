@@ -299,6 +299,7 @@ class SoftOr(QuotaRule):
             leaves the other rows' ranks as they were.
             "minmax": the paper's; entropy is clipped at its 0.98 quantile, then (x - min) / (max - min) over finite
             values; +inf is 1 and a range of zero gives 0. One outlier of kl_rev flattens the rest of d.
+        lowest: Keeps the rows of the smallest scores instead, which are then negated: the control of TIP.
         scope: "rollout", "batch" or "global": what the quota is filled in; see QuotaRule.
         min_rows: The least quota of a group that has so many rows, an int of at least 0; 0 is the paper's floor.
         group: Process group of the ranks with rows of their own, for scope "global"; None is all ranks.
@@ -309,11 +310,14 @@ class SoftOr(QuotaRule):
 
     needs = frozenset({"entropy_s", "kl_rev"})
     normalize: str = "rank"
+    lowest: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.normalize not in ("rank", "minmax"):
             refuse("normalize", "'rank' or 'minmax'", self.normalize)
+        if not isinstance(self.lowest, bool):
+            refuse("lowest", "a bool", self.lowest)
 
     def _scores(self, values, population):
         if self.normalize == "rank":
@@ -322,7 +326,8 @@ class SoftOr(QuotaRule):
             h, d = clipped_entropy(values, population), min_max(values["kl_rev"], population)
         low, high = torch.minimum(h, d), torch.maximum(h, d)
         # Symmetric in h and d, accurate near 0, and rounded only here: rows that tie on paper tie in fp32.
-        return (high + low * (1 - high)).float()
+        score = (high + low * (1 - high)).float()
+        return -score if self.lowest else score
 
 
 @dataclass(frozen=True)
