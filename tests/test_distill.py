@@ -669,6 +669,33 @@ def test_the_label_loss_alone_drops_broken_rows_and_no_others(divergence, sweeps
     assert all(x.grad.isfinite().all() for x in case.tensors)
 
 
+@pytest.mark.parametrize("n", [60, 230, 300])
+def test_a_16_bit_head_that_takes_several_blocks_counts_its_wide_sum(n):
+    """An fp32 (V, H) beside the gradient, whatever makes the blocks several."""
+    student, teacher = (head_case(n, 20_000, 256, seed=20).to(torch.bfloat16) for _ in range(2))
+    excess = excess_mib(student, teacher, select=tip.KeepAll(), workspace_mib=16)
+    assert excess <= 16 + 0.1
+
+
+@pytest.mark.parametrize("normalizer", ["kept", 3.0])
+@pytest.mark.parametrize("select", [tip.KeepAll(), tip.SoftOr(0.2)], ids=["all", "quota"])
+def test_backward_at_once_makes_no_second_sum_beside_an_existing_gradient(select, normalizer):
+    student, teacher = head_case(64, 20_000, 256, seed=20), head_case(64, 20_000, 256, seed=30)
+    case = student.leaves()
+    case.weight.grad = torch.zeros_like(case.weight)
+    options = {"select": select, "normalizer": normalizer, "workspace_mib": 12, "backward": True}
+    peak = peak_mib(lambda: distill(case.head, teacher.head, **options))
+    assert peak <= 12 + 3 * 64 * 256 * 4 / 2**20
+
+
+def test_many_rows_of_few_tokens_are_not_ranked_again_after_every_block():
+    student, teacher = head_case(20_000, 128, 32, seed=20), head_case(20_000, 128, 32, seed=30)
+    plans = [distill(student.leaves().head, teacher.head, sweeps=sweeps).plan for sweeps in (None, 1)]
+    assert [plan.strategy for plan in plans] == ["two sweeps", "one sweep"]
+    wide = head_case(1024, 32_000, 64, seed=20), head_case(1024, 32_000, 64, seed=30)
+    assert distill(wide[0].leaves().head, wide[1].head).plan.strategy == "one sweep"
+
+
 # Weights of rows, and gradients that are scaled afterwards
 
 

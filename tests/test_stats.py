@@ -29,6 +29,7 @@ from _cases import (
     ordinary,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import reference as ref
 import tip_kernels as tip
@@ -575,3 +576,18 @@ def test_importing_needs_neither_triton_nor_transformers():
     """
     done = child(code)
     assert done.stdout.startswith("backend: 'triton' was asked for, but triton is not installed"), done.stderr
+
+
+@pytest.mark.parametrize("size", [(512, 20_000, 512), (2048, 4000, 512), (64, 50_000, 64)])
+def test_lists_of_many_tokens_stay_within_the_workspace(size):
+    n, vocab, top_k = size
+    s, t = normal(n, vocab, seed=1), normal(n, vocab, seed=2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        tip.token_stats(s, t, top_k=top_k, workspace_mib=32)
+    held = most = 0
+    for event in sorted(
+        (e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        most = max(most, held)
+    assert 2**20 < most <= 32.5 * 2**20

@@ -49,6 +49,7 @@ SLACK = 1.25  # rows stashed per row of the quota
 ROWS = {"cpu": (96, 256)}  # the fewest rows of a block that keep the products efficient, and the most that help
 OTHER_ROWS = (512, 2048)
 FILTER_COLUMNS = 1024  # narrow enough that rare tokens fill whole tiles
+RANKING = 8192  # multiply-adds in the time that a row takes to be ranked once more, after a block
 TILES_MIB = 16  # of the workspace for tiles, at most
 
 
@@ -69,21 +70,22 @@ def divided(
     vocab: int,
     widths: tuple[int, int],
     device: str,
-    narrow_weight: bool,
+    wide_sum: Callable[[int], bool],
     grad_weight_bytes: int = 0,
 ) -> Layout | None:
     """A workspace of so many bytes divided among row blocks, stash and tiles, or None where the blocks get too short.
 
-    narrow_weight      d(weight) has 16 bits, so that a sum over several blocks needs an fp32 (V, H) beside it
+    wide_sum           whether a sum of d(weight) over so many blocks takes an fp32 (V, H) beside the gradient
     grad_weight_bytes  bytes of d(weight), which is written last and holds the row blocks until then
     """
     fewest, most = ROWS.get(device, OTHER_ROWS)
     tiles = min(workspace // 4, TILES_MIB * 2**20)
     left = workspace - tiles - 4 * slots * (vocab + 3 * widths[0])  # hidden rows, weighted, gradient
-    if slots == 0 and n_rows > most and narrow_weight:
-        left -= 4 * vocab * widths[0]
     most, gathered = min(most, max(n_rows, 1)), 12 * sum(widths)
     rows = min(left // (8 * vocab + gathered), most)
+    if wide_sum(1 if slots else math.ceil(n_rows / max(rows, 1))):
+        left -= 4 * vocab * widths[0]
+        rows = min(left // (8 * vocab + gathered), most)
     reused = min(left // gathered, grad_weight_bytes // (8 * vocab), most)
     if max(rows, reused) < min(fewest, max(n_rows, 1)):
         return None
@@ -98,10 +100,15 @@ def layout_for(step: Step, n_rows: int, slots: int = 0) -> Layout | None:
     pair, need, student = step.batch.pair, step.need, step.batch.pair.student
     if not isinstance(student, HeadRows) or pair.shard or len(pair.sources) < 2 or not any(need):
         return None
-    wide, own_weight = student.weight.dtype == torch.float32, step.options.weight_into is None
-    reusable = 4 * student.weight.numel() if need[1] and wide and own_weight and slots else 0
+    dtype, into = student.weight.dtype, step.options.weight_into is not None
+    reusable = 4 * student.weight.numel() if need[1] and dtype == torch.float32 and not into and slots else 0
     widths, workspace = (student.width, pair.sources[1].width), step.batch.workspace
-    return divided(workspace, n_rows, slots, pair.vocab, widths, pair.device.type, need[1] and not wide, reusable)
+
+    def wide_sum(blocks: int) -> bool:
+        narrow = dtype != torch.float32 and (blocks > 1 or dtype == torch.float16)
+        return need[1] and (into or narrow)
+
+    return divided(workspace, n_rows, slots, pair.vocab, widths, pair.device.type, wide_sum, reusable)
 
 
 def stash_slots(n_rows: int, capacity: int) -> int:
@@ -317,7 +324,12 @@ class StashedRows:
         if hasattr(rule, "generator") or rule.scope == "global":
             return None
         n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
-        return layout_for(step, n_rows, stash_slots(n_rows, rule.capacity(batch.n_rows, batch.n_rollouts)))
+        capacity = rule.capacity(batch.n_rows, batch.n_rollouts)
+        layout = layout_for(step, n_rows, stash_slots(n_rows, capacity))
+        if layout is None or step.sweeps == 1:
+            return layout
+        ranked, saved = math.ceil(n_rows / layout.rows) * batch.n_rows, capacity * pair.vocab * pair.width
+        return layout if ranked * RANKING <= saved else None
 
     def run(self, step: Step, layout: Layout) -> Learned:
         blocks = StashingBlocks(step, step.objective, layout)

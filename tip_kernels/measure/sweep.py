@@ -39,6 +39,8 @@ from tip_kernels.stats import (
 
 NO_DOUBLE_BACKWARD = "tip_kernels: cannot differentiate twice: the backward of a loss is one sweep without a graph"
 
+LIST_WORDS = 14  # fp32 numbers an entry of a row's list while lists are merged
+
 State = online.State  # of the same names, shapes and dtypes on every rank
 
 
@@ -95,7 +97,8 @@ def _walk(
     n_rows, n_models, topk = pair.n_rows if rows is None else rows.numel(), len(pair.sources), pair.topk
     blends = frozenset([name for name in want if isinstance(name, Blend)])
     lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and (not triton or pair.shard)))
-    tiling = pair.tiling(n_rows, workspace, buffers=15 if lists else 6, whole_parts=triton)
+    row_words = n_models * LIST_WORDS * max(top_k, 2) if lists else 0
+    tiling = pair.tiling(n_rows, workspace, 15 if lists else 6, whole_parts=triton, row_words=row_words)
     eager = topk is None and (not triton or blends)
     folded = blends if triton else want
     fold = online.Fold(tiling.rows, tiling.columns, n_models, folded, pair.device) if eager else None

@@ -148,7 +148,9 @@ def costs(
         return Cost(name, units, flops / 1e12, 4 * (tile + fresh) / 2**30, mib, seconds * 1e3)
 
     def ours(name: str, slots: int, rows: int, by_student: float, by_teacher: float, measured: float) -> Cost | None:
-        plan = divided(workspace, rows, slots, vocab, (hidden_s, hidden_t), kind, weight_bytes < 4)
+        plan = divided(
+            workspace, rows, slots, vocab, (hidden_s, hidden_t), kind, lambda blocks: weight_bytes < 4 and blocks > 1
+        )
         if plan is None or (slots and kind != "cpu"):
             return None
         used = plan.tiles + 4 * plan.slots * vocab + 8 * plan.rows * vocab

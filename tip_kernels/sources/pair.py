@@ -333,12 +333,19 @@ class Pair:
         return other
 
     def tiling(
-        self, n_rows: int, workspace: int, buffers: int, *, whole_parts: bool = False, slice_width: int = 0
+        self,
+        n_rows: int,
+        workspace: int,
+        buffers: int,
+        *,
+        whole_parts: bool = False,
+        slice_width: int = 0,
+        row_words: int = 0,
     ) -> Tiling:
         """The tiles in which n_rows are walked, see tile_shape."""
         rows, columns = tile_shape(
             n_rows, self.student.widest, self.width, self.device.type, workspace, buffers, whole_parts=whole_parts,
-            slice_width=slice_width,
+            slice_width=slice_width, row_words=row_words,
         )  # fmt: skip
         parts = [slice(r0, min(r0 + rows, n_rows)) for r0 in range(0, n_rows, rows)]
         places = [torch.empty(rows * columns, device=self.device) for _ in self.sources]
@@ -565,6 +572,7 @@ def tile_shape(
     *,
     whole_parts: bool = False,
     slice_width: int = 0,
+    row_words: int = 0,
 ) -> tuple[int, int]:
     """Rows and columns of a tile such that its buffers, gathered rows and upcast weights stay within the workspace.
 
@@ -577,12 +585,14 @@ def tile_shape(
         buffers: fp32 matrices of a tile's shape that are held at once.
         whole_parts: Columns come in multiples of what a program of the Triton fold reads.
         slice_width: H of an fp32 slice of d(weight), for each column.
+        row_words: fp32 numbers that are held for each row of a tile.
     """
     rows, columns = LARGEST.get(device, LARGEST_ELSEWHERE)
+    rows = min(rows, max(workspace // (8 * row_words), 1)) if row_words else rows
     rows, columns = min(rows, max(n_rows, 1)), min(PART if whole_parts else columns, max(vocab, 1))
 
     def size(rows: int, columns: int) -> int:
-        return 4 * (buffers * rows * columns + (2 * rows + columns) * width + columns * slice_width)
+        return 4 * (buffers * rows * columns + (2 * rows + columns) * width + columns * slice_width + rows * row_words)
 
     while size(rows, columns) > workspace and max(rows, columns) > 16:
         if columns >= rows and not whole_parts:
