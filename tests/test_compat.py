@@ -247,6 +247,27 @@ def test_what_holds_no_floats_is_refused_before_it_is_cast(call, argument, dtype
         call(**arguments)
 
 
+@pytest.mark.parametrize("call", ["fused", "chunked", "gkd", "trl"])
+def test_what_does_not_fit_is_refused_by_the_peer_s_own_name(call):
+    p, wrong = problem(), torch.zeros(3).long()
+    four = p["hidden_s"], p["weight_s"], p["hidden_t"], p["weight_t"]
+    logits = p["hidden_s"] @ p["weight_s"].T
+    heads = (four[0], four[1], None, four[2], four[3], None)
+    cases = {
+        "fused": ("shift_labels", lambda: liger.LigerFusedLinearJSD()(*four, wrong)),
+        "chunked": ("true_labels", lambda: liger.LigerFusedLinearJSDLoss()(*four, wrong)),
+        "gkd": ("labels", lambda: trl.generalized_jsd_loss(logits, logits, wrong)),
+        "trl": ("student_logit_scale", lambda: trl.ChunkedDivergenceFunction.apply(*heads, 0.5, 1.0, -1.0)),
+    }
+    name, make = cases[call]
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        make()
+    if call in ("fused", "chunked"):
+        kind = liger.LigerFusedLinearJSD if call == "fused" else liger.LigerFusedLinearJSDLoss
+        with pytest.raises(ValueError, match=r"^student_input: expected"):
+            kind()(four[0].double(), *four[1:], torch.zeros(four[0].shape[:-1]).long())
+
+
 def test_vocabularies_that_differ_are_refused_where_liger_fills_them_up():
     p = problem()
     with pytest.raises(ValueError, match=r"teacher: expected the student's vocabulary of 80 entries, got 90"):

@@ -279,5 +279,7 @@ def test_select_rows_are_those_that_distill_keeps_and_info_their_means():
     assert all(value.shape == () and not value.requires_grad for value in info.values())
     flat, _ = hook.select_rows(student.view(-1, V), teacher.view(-1, V), mask.view(-1), select=tip.SoftOr(6))
     assert len(flat) == 6
-    with pytest.raises(ValueError, match="response_mask: expected a tensor"):
+    with pytest.raises(ValueError, match=r"^response_mask: expected a tensor"):
         hook.select_rows(student, teacher, None)
+    with pytest.raises(ValueError, match=r"^response_mask: expected a bool tensor"):
+        hook.select_rows(student, teacher, mask[:, :-1])

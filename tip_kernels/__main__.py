@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 USAGE = """usage: tip-kernels <command> [options]
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"tip-kernels {tip_kernels.__version__}")
         return 0
+    # torch's, where numpy is not installed; no command here needs it that does not ask for it by name
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     if argv and argv[0] in COMMANDS:
         wrong = None if {"-h", "--help"} & set(argv) else _wrong_version(argv[0])
         if wrong:

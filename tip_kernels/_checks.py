@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -31,6 +33,18 @@ def expect(ok: bool, name: str, expected: str, got: object, *sizes: object) -> N
 def refuse(name: str, expected: str, got: object, *sizes: object) -> NoReturn:
     """Raises what `expect` raises; where calls are counted it is called only when something is wrong."""
     raise ValueError(f"{name}: expected {expected.format(*sizes) if sizes else expected}, got {describe(got)}")
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Inside, a ValueError about an argument of those names is about the caller's own: row_mask="shift_labels"."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        if name not in names:
+            raise
+        raise ValueError(f"{names[name]}:{rest}") from None
 
 
 def is_int(value: object) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels._checks import FLOATS, expect, finite_number
+from tip_kernels._checks import FLOATS, expect, finite_number, renamed
 
 
 def head(
@@ -25,10 +25,14 @@ def head(
     for name, x in (("weight", weight), ("bias", bias)):
         ok = (x is None and name == "bias") or (isinstance(x, Tensor) and x.dtype in FLOATS)
         expect(ok, f"{model}_{name}", "a float32, bfloat16 or float16 tensor", x)
+    expect(isinstance(hidden, Tensor), f"{model}_hidden", "a tensor (N, H) or (B, T, H)", hidden)
     weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
-    return tip.Head(hidden, weight, bias, scale=scale, softcap=softcap)
+    own = {name: f"{model}_{name}" for name in ("hidden", "weight", "bias")}
+    own |= {"scale": f"{model}_logit_scale", "softcap": f"{model}_final_logit_softcapping"}
+    with renamed(**own):
+        return tip.Head(hidden, weight, bias, scale=scale, softcap=softcap)
 
 
 def _gathered(x: Tensor | None) -> Tensor | None:
@@ -46,9 +50,14 @@ def jsd(name: str, beta: float) -> tip.JSD:
     return tip.JSD(float(beta))
 
 
-def counted(mask: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
-    """The mask on the CPU, where distill leaves its rows out of every sweep, and its count of rows. Synchronises."""
-    if mask is None:
-        return None, n_rows
-    mask = mask.cpu()
+def counted(name: str, labels: Tensor | None, ignored: int, shape: torch.Size) -> tuple[Tensor | None, int]:
+    """Which rows have a label, on the CPU, where distill leaves the others out of every sweep, and how many.
+
+    Synchronises. None and all rows without labels.
+    """
+    if labels is None:
+        return None, shape.numel()
+    ok = isinstance(labels, Tensor) and labels.shape in (shape, (shape.numel(),))
+    expect(ok, name, f"labels of shape {tuple(shape)}", labels)
+    mask = (labels != ignored).cpu()
     return mask, int(mask.sum())

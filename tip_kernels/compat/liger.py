@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels._checks import expect, finite_number, is_int
+from tip_kernels._checks import expect, finite_number, is_int, renamed
 from tip_kernels.compat._calls import counted, head, jsd
 
+INPUTS = {"student_hidden": "student_input", "teacher_hidden": "teacher_input"}
 IGNORED = -100  # distill's own mark of a row without a label
 
 
@@ -60,6 +61,7 @@ class LigerFusedLinearJSD(torch.nn.Module):
         self.jsd_beta, self.ignore_index, self.accum_dtype = jsd_beta, ignore_index, accum_dtype
         self.temperature = finite_number("temperature", temperature, positive=True)
 
+    @renamed(**INPUTS)
     def forward(
         self,
         student_input: Tensor,
@@ -85,8 +87,7 @@ class LigerFusedLinearJSD(torch.nn.Module):
         """
         student = head("student", student_input, student_weight)
         teacher = head("teacher", teacher_input, teacher_weight)
-        mask = None if shift_labels is None else shift_labels != self.ignore_index
-        mask, count = counted(mask, student_input.shape[:-1].numel())
+        mask, count = counted("shift_labels", shift_labels, self.ignore_index, student_input.shape[:-1])
         return tip.distill(
             student,
             teacher,
@@ -143,6 +144,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         self.compiled, self.chunk_size = compiled, chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
 
+    @renamed(**INPUTS, labels="true_labels")
     def forward(
         self,
         student_input: Tensor,
@@ -172,9 +174,9 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         """
         student = head("student", student_input, student_weight, student_bias)
         teacher = head("teacher", teacher_input, teacher_weight, teacher_bias)
-        valid = true_labels != self.ignore_index
-        mask, count = counted(valid, true_labels.numel())
-        labels = true_labels.masked_fill(~valid, IGNORED)
+        expect(true_labels is not None, "true_labels", "labels, one a row", true_labels)
+        mask, count = counted("true_labels", true_labels, self.ignore_index, student_input.shape[:-1])
+        labels = true_labels.masked_fill(true_labels == self.ignore_index, IGNORED)
 
         def mean(ce_weight: float) -> Tensor:
             return tip.distill(

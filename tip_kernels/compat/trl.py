@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tip_kernels as tip
-from tip_kernels._checks import expect, finite_number
+from tip_kernels._checks import expect, finite_number, renamed
 from tip_kernels.compat._calls import counted, head, jsd
 
 IGNORED = -100
@@ -92,6 +92,7 @@ class ChunkedDivergenceFunction:
         return rows, stats.entropy_s
 
 
+@renamed(student="student_logits", teacher="teacher_logits")
 def generalized_jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -127,7 +128,7 @@ def generalized_jsd_loss(
     known = reduction in ("batchmean", "sum", "mean")
     expect(known, "reduction", "'batchmean', 'sum' or 'mean' ('none' is a whole (N, V) matrix)", reduction)
     finite_number("temperature", temperature, positive=True)
-    mask, count = counted(None if labels is None else labels != IGNORED, student_logits.shape[:-1].numel())
+    mask, count = counted("labels", labels, IGNORED, student_logits.shape[:-1])
     total = tip.distill(
         student_logits,
         teacher_logits,

@@ -32,6 +32,17 @@ RULES = {
     "hellinger": lambda keep, generator: _rule("TopHellinger", keep),
     "random": lambda keep, generator: _rule("RandomRows", keep, generator=generator),
 }
+CLASSES = {  # the public name of what each makes, for help texts
+    "all": "KeepAll",
+    "entropy": "TopEntropy",
+    "sample_entropy": "SampleEntropy",
+    "soft_or": "SoftOr",
+    "soft_or_minmax": "SoftOr by min-max",
+    "overconfident": "Overconfident",
+    "divergence": "TopDivergence",
+    "hellinger": "TopHellinger",
+    "random": "RandomRows",
+}
 DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` does not say others
     "reverse_kl": ("ReverseKL", ()),
     "forward_kl": ("ForwardKL", ()),

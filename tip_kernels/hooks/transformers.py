@@ -304,6 +304,9 @@ def _rows(batch: Mapping[str, Any], narrower: Tensor | None) -> tuple[Tensor, Te
     expect(bool(chosen), "batch", "labels or completion_mask, (B, T)", tuple(batch))
     mask = chosen[0] & chosen[-1]
     expect(mask.dim() == 2, "batch", "labels and completion_mask of shape (B, T)", mask)
+    ids = batch.get("input_ids")
+    ok = not isinstance(ids, Tensor) or ids.shape == mask.shape
+    expect(ok, "batch", f"labels and completion_mask of input_ids' shape {tuple(getattr(ids, 'shape', ()))}", mask)
     mask, attention = mask[:, 1:], batch.get("attention_mask")
     if attention is not None and attention.dim() == 2:
         mask = mask & attention[:, 1:].bool() & attention[:, :-1].bool()

@@ -75,8 +75,9 @@ class TIPDistillationConfig(DistillationConfig):
     # Read from the command line as text: a fraction and a whole number mean different things.
     tip_keep: float | str | None = _setting(
         0.2,
-        "How much is kept: a fraction of each rollout's tokens (0.2; 1.0 is all), or a number of tokens (64). Not read "
-        "by all, threshold and adakd.",
+        "How much is kept: a fraction of each rollout's tokens (0.2; 1.0 is all), or a number of tokens (64; 1 is one "
+        "token). Not read by all, threshold and adakd. The mean over fewer tokens has a larger gradient, which "
+        "max_grad_norm clips: watch tip/grad_norm.",
     )
     tip_scope: str = _setting(
         "rollout",

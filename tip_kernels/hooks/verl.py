@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect
+from tip_kernels._checks import expect, renamed
 from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergence_loss import divergence_loss
@@ -30,6 +30,7 @@ from tip_kernels.select.rule import Rule, SoftOr
 from tip_kernels.sources.topk import TopK
 
 
+@renamed(row_mask="response_mask", student="student_logits", teacher="teacher_logits")
 def select_rows(
     student_logits: Tensor, teacher_logits: Tensor | TopK, response_mask: Tensor, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tip_kernels.opd import UsageError
+from tip_kernels.opd import UsageError, install
 from tip_kernels.opd.options import parser
 from tip_kernels.opd.settings import MODELS, Settings
 
@@ -137,6 +137,13 @@ def settings_of(options: dict, claim: Claim) -> tuple[Settings, Path | None]:
         raise UsageError("argument --resume: expected --resume or --overwrite, got both")
     models = {role: chosen[role] for role in ("teacher", "student") if role in chosen}
     return checkpoint.resumed_settings(folder, models | given), checkpoint.latest(folder)
+
+
+def warn_of_one(options: dict, command: str = "opd") -> None:
+    """--keep 1 is a number of tokens, --keep 1.0 a share: who types the one may mean the other."""
+    if options.get("keep") == 1 and isinstance(options["keep"], int) and os.environ.get("RANK", "0") == "0":
+        line = "--keep 1 keeps one token of each rollout; --keep 1.0 keeps every token"
+        print(f"tip-kernels {command}: warning: {line}", file=sys.stderr, flush=True)
 
 
 def warn_of_judge(task: Task) -> None:
@@ -300,14 +307,16 @@ def make_models(options: dict) -> int:
 
 def main(argv: list[str]) -> int:
     """Exit code of `tip-kernels opd`: 0 done, 2 bad arguments, 130 interrupted."""
+    options = None
     try:
         options = vars(parser().parse_args(argv))
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            raise UsageError(f'needs {", ".join(missing)}: pip install "tip-kernels[opd]"')
+            raise UsageError(f"needs {', '.join(missing)}: {install('opd')}")
+        warn_of_one(options)
         return make_models(options) if options.get("retrain") else run(options)
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes each has the same error
-            print(f"tip-kernels opd: error: {error}", file=sys.stderr)
+            print(f"tip-kernels opd: error: {error.beside(options)}", file=sys.stderr)
         return 2
     except OSError as error:  # of a file that no one looked at more closely
         print(f"tip-kernels opd: error: expected files that can be used, got {error}", file=sys.stderr)

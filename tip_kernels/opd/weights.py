@@ -23,6 +23,7 @@ from tip_kernels.opd import UsageError
 OWN = {"local_files_only": True, "trust_remote_code": False}  # no code of the folder's, and no question
 WEIGHTS = "model.safetensors"
 JSON = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")  # a broken one would be left out
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a hub calls a model
 COUNTED = re.compile(r"(n|num)_(\w+_)?(layers?|experts|labels|blocks)")  # of which each has a weight, or a row of one
 
 
@@ -39,8 +40,14 @@ Entries = dict[str, Entry]
 def check_folder(argument: str, folder: Path) -> None:
     """UsageError where there is no folder with the config of a whole model."""
     if not folder.is_dir():
+        name = str(folder)
+        hub = (
+            f"; of a model on a hub, download it first: hf download {name} --local-dir FOLDER"
+            if HUB.fullmatch(name)
+            else ""
+        )
         raise UsageError(
-            f"argument {argument}: expected the folder of a checkpoint, got {str(folder)!r}, which is not there"
+            f"argument {argument}: expected the folder of a checkpoint, got {name!r}, which is not there{hub}"
         )
     if not (folder / "config.json").is_file():
         raise UsageError(f"argument {argument}: expected a config.json in {folder}, got a folder without one")
