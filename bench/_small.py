@@ -69,7 +69,7 @@ def _rows(move: Move, z_s: Tensor, z_t: Tensor) -> dict[str, Tensor]:
     l_s, l_t = z_s.double().log_softmax(-1), z_t.double().log_softmax(-1)
     stats = row_stats(move(z_s), move(z_t))
     a, b = 0.5, 0.5
-    sum_g = (((a + b) * l_s).exp() - (a * l_t + b * l_s).exp()).sum(-1)
+    sum_g = (((a + b) * l_s).exp() - (a * l_t + b * l_s).exp()).sum(-1) / a
     return stats | {
         "log_blend": move(torch.logsumexp(0.5 * l_t + 0.5 * l_s, -1).float()),
         "sum_g": move(sum_g.float()),

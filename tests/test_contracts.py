@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
-from tip_kernels import workspace
+from tip_kernels.distillation import one_sweep
 
 Inputs = dict[str, Tensor]
 N, V, WIDTH_S, WIDTH_T, K = 8, 60, 12, 20, 4
@@ -229,7 +229,7 @@ every_loss = pytest.mark.parametrize("op", [name for name, op in OPS.items() if 
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(workspace, "ROWS", {"cpu": (1, 3)})
+    monkeypatch.setattr(one_sweep, "ROWS", {"cpu": (1, 3)})
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -362,6 +362,26 @@ def _adakd(case: Case) -> Iterator[Compared]:
     yield from source.compared(out.loss, leaves, right)
 
 
+def _step_selection(case: Case) -> Iterator[Compared]:
+    """Rows chosen over two micro-batches are those of the whole case, ranked by their divergence."""
+    _, student, teacher = case.logits.on(case.device)
+    step, halves = (
+        tip.StepSelection(tip.TopDivergence(KEEP, by="kl_rev", scope="batch")),
+        (slice(0, None, 2), slice(1, None, 2)),
+    )
+    for half in halves:
+        step.measure(student[half], teacher[half], row_mask=case.mask[half].to(case.device))
+    step.parts()
+    order = torch.cat([torch.arange(case.n_rows)[half] for half in halves])
+    right, eager = (_statistics(case, case.logits, None, dtype) for dtype in (torch.float64, torch.float32))
+    values = right["kl_rev"].tolist()
+    rows = [i for i in range(case.n_rows) if case.mask[i] and not math.isnan(values[i])]
+    best = truth.best(values, rows, [True] * case.n_rows, [0] * case.n_rows, KEEP)
+    yield exact("rows kept", step.kept.mask, torch.tensor(best)[order])
+    inside = torch.tensor(best)[order]
+    yield Compared("kl_rev", step.stats.kl_rev.cpu()[inside], *(x["kl_rev"][order][inside] for x in (right, eager)))
+
+
 def _focus(case: Case) -> Iterator[Compared]:
     """The ratio follows the paper's lines over losses that fall, stay and rise."""
     losses = [2.0, 1.5, 1.2, 1.0, 1.0, 0.9, 1.4, 2.0, 2.2]
@@ -409,4 +429,5 @@ CHECKS: dict[str, Check] = {
     "distill, TopK": _distill_listed,
     "distill, adakd": _adakd,
     "AdaptiveFocus": _focus,
+    "StepSelection": _step_selection,
 }
