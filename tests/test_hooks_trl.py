@@ -539,6 +539,163 @@ def test_deepspeed_is_refused_where_the_count_is_unknown(tmp_path, monkeypatch):
     made(tmp_path, tip_rule="soft_or")
 
 
+# ---- models as they are, not as their configs say ----
+
+
+def mpt(seed, **options):
+    """A model whose forward does not read logit_scale."""
+    sizes = {"vocab_size": 24, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 64, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    model = transformers.MptForCausalLM(transformers.MptConfig(**sizes, **options))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.5)
+    return model
+
+
+class Divided(transformers.LlamaForCausalLM):
+    """A forward that divides hidden states, where some models divide logits, and by no name that anyone knows."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 3,))
+
+
+def divided(seed):
+    model = tiny("llama", seed)
+    other = Divided(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def own_mean(student, teacher, inputs):
+    """Mean reverse KL over the trainable tokens from both models' own logits, in float64."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    log_s, log_t = (
+        model.double()(input_ids=ids, attention_mask=attention).logits[:, 3:-1].log_softmax(-1)
+        for model in (copy.deepcopy(student).eval(), copy.deepcopy(teacher).eval())
+    )
+    rows = (log_s.exp() * (log_s - log_t)).sum(-1)
+    return rows[(inputs["completion_mask"] * inputs["tool_mask"]) != 0].mean().item()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (lambda: mpt(0, logit_scale=0.3), lambda: mpt(1, logit_scale=0.3)),
+        (lambda: tiny("llama", 0), lambda: mpt(1, logit_scale="inv_sqrt_d_model")),
+        (lambda: divided(0), lambda: tiny("llama", 1)),
+        (lambda: tiny("gemma2", 0), lambda: divided(1)),
+    ],
+    ids=["MPT", "MPT beside Llama", "divided student", "divided teacher"],
+)
+def test_the_loss_is_that_of_the_models_own_logits_whatever_their_configs_say(tmp_path, student, teacher):
+    models = {"student": student(), "teacher": teacher()}
+    truth = own_mean(models["student"], models["teacher"], micro_batch())
+    loss, *_ = loss_call(made(tmp_path, tip_rule="all", **models), micro_batch(), 22.0)
+    assert loss == pytest.approx(truth, rel=1e-5)
+
+
+def with_adapter(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **options))
+
+
+def quantised(seed):
+    model = tiny("llama", seed)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.mul(40).to(torch.int8), requires_grad=False)
+    return model
+
+
+def offloaded(seed):
+    return pytest.importorskip("accelerate").cpu_offload(tiny("llama", seed), execution_device="cpu")
+
+
+REFUSED = {
+    "an adapter on the teacher's head": (
+        {"teacher": lambda: with_adapter(tiny("llama", 1), target_modules=["lm_head"])},
+        "^teacher_model: .*LlamaForCausalLM.*an adapter on it",
+    ),
+    "trained rows of the teacher's head": (
+        {"teacher": lambda: with_adapter(tiny("llama", 1), trainable_token_indices={"lm_head": [3, 5]})},
+        "^teacher_model: .*PeftModel with TrainableTokens.*an adapter on it",
+    ),
+    "trained rows of the student's head": (
+        {"student": lambda: with_adapter(tiny("llama", 0), trainable_token_indices={"lm_head": [3, 5]})},
+        "^model: .*PeftModel with TrainableTokens.*an adapter on it",
+    ),
+    "a quantised teacher head": (
+        {"teacher": lambda: quantised(1)},
+        "^teacher_model: .*not quantised, got Linear.*int8",
+    ),
+    "a quantised student head": ({"student": lambda: quantised(0)}, "^model: .*not quantised, got Linear.*int8"),
+    "an offloaded teacher": ({"teacher": lambda: offloaded(1)}, "^teacher_model: .*in memory, got Llama.*offloaded"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(("models", "message"), REFUSED.values(), ids=REFUSED)
+def test_models_that_are_no_head_are_refused_when_the_trainer_is_made(tmp_path, models, message):
+    sound = {"student": lambda: tiny("llama", 0), "teacher": lambda: tiny("llama", 1)}
+    with pytest.raises(ValueError, match=message):
+        made(tmp_path, **{name: make() for name, make in (sound | models).items()})
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_adapters_that_change_the_heads_product_alone_are_taken(tmp_path):
+    teacher = with_adapter(tiny("llama", 1), target_modules=["q_proj"], target_parameters=["lm_head.weight"])
+    truth = own_mean(tiny("llama", 0), teacher, micro_batch())
+    trainer = made(tmp_path, student=tiny("llama", 0), teacher=teacher, tip_rule="all")
+    assert loss_call(trainer, micro_batch(), 22.0)[0] == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_missing_teacher_is_named(tmp_path):
+    settings = TIPDistillationConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="teacher_model: expected a transformers model or its name, got None"):
+        TIPDistillationTrainer(load("student"), args=settings)
+
+
+def test_probing_leaves_modes_as_they_are(tmp_path):
+    student = tiny("llama", 0).train()
+    student.lm_head.eval()
+    trainer = made(tmp_path, student=student, teacher=tiny("llama", 1))
+    assert trainer.model.training and not trainer.model.lm_head.training
+    assert "forward" not in vars(trainer.model.lm_head)
+
+
+def experts(seed, **options):
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.2}
+    config = transformers.AutoConfig.for_model("qwen3_moe", **SIZES | moe | options)
+    config._experts_implementation = "eager"  # the others have no float64
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.5)
+    return model
+
+
+def test_experts_own_loss_is_added_by_the_models_coefficient_and_logged(tmp_path):
+    student, teacher, inputs = experts(0, output_router_logits=True), tiny("llama", 1), micro_batch()
+    exact = copy.deepcopy(student).double().eval()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    router = (0.2 * exact(input_ids=ids, attention_mask=attention).aux_loss).item()
+    truth = own_mean(student, teacher, inputs)
+    trainer = made(tmp_path, student=student, teacher=teacher, tip_rule="all", gradient_accumulation_steps=1)
+    trainer.current_gradient_accumulation_steps = 1
+    loss, *_, gradient = loss_call(trainer, inputs, 22.0)
+    assert router > 0.1 and loss == pytest.approx(truth + router, rel=1e-5)
+    plain = made(tmp_path, student=experts(0), teacher=teacher, tip_rule="all")
+    assert loss_call(plain, inputs, 22.0)[0] == pytest.approx(truth, rel=1e-5)
+    assert (gradient - loss_call(plain, inputs, 22.0)[3]).norm() > 0.01 * gradient.norm()
+    trainer._log_sums("train")
+    assert trainer._metrics["train"]["tip/router_loss"] == [pytest.approx(router, rel=1e-5)]
+    with pytest.raises(ValueError, match="tip_rule: expected a rule whose count is known beforehand, or tip_stat"):
+        made(tmp_path, student=student, teacher=teacher, tip_rule="threshold", tip_threshold_above=0.1)
+
+
 # ---- evaluation, settings, errors ----
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ def head_of(
             for a weight that nothing can be learned into, since it is there only while its layer runs; and for a model
             that is compiled as a whole.
     """
-    head, router = _read(model, vocab_size, logits_to_keep, inputs)
+    head, router = read(model, model, vocab_size, logits_to_keep, inputs)
     if router is not None and torch.is_grad_enabled():
         warnings.warn(
             "tip_kernels.head_of: the model's forward has an auxiliary loss (aux_loss) that is no part of a Head; "
@@ -93,10 +93,17 @@ def head_of(
     return head
 
 
-def _read(
-    model: nn.Module, vocab_size: int | None, logits_to_keep: int | slice | Tensor, inputs: dict[str, Any]
+def read(
+    model: nn.Module,
+    run: Callable[..., Any],
+    vocab_size: int | None,
+    logits_to_keep: int | slice | Tensor,
+    inputs: dict[str, Any],
 ) -> tuple[Head, Tensor | None]:
-    """The Head of a forward, and the auxiliary loss () that comes with it, times the model's own coefficient."""
+    """The Head of a forward, and the auxiliary loss () that comes with it, times the model's own coefficient.
+
+    run  what is called: the model, or its forward where its hooks have run already
+    """
     expect(isinstance(model, nn.Module), "model", "a transformers causal language model", model)
     if inputs.get("labels") is not None:
         raise ValueError("labels: expected none, since head_of takes no loss: tip_kernels.distill does, got some")
@@ -112,7 +119,7 @@ def _read(
     with _taken_out(output, kind, traced) as calls:
         trouble, out = None, None
         try:
-            out = _without_cache(model, inputs)
+            out = _without_cache(run, inputs)
         except (RuntimeError, IndexError, ValueError) as error:
             if not calls or isinstance(error, torch.OutOfMemoryError):
                 raise  # the backbone's own
@@ -170,14 +177,14 @@ def _warn_of_unread(plain: nn.Module, inputs: Mapping[str, Any]) -> None:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _without_cache(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def _without_cache(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """What the forward returns; it keeps no keys and values unless `inputs` say so, where it knows that wish."""
     try:
-        return model(**({"use_cache": False} | inputs))
+        return run(**({"use_cache": False} | inputs))
     except TypeError as error:
         if "use_cache" in inputs or "use_cache" not in str(error):
             raise
-    return model(**inputs)
+    return run(**inputs)
 
 
 def distill_batch(
@@ -256,9 +263,9 @@ def _labels(
 def _read_as(
     name: str, model: nn.Module, mask: Tensor, vocab_size: int | None, inputs: dict[str, Any]
 ) -> tuple[Head, Tensor | None]:
-    """What `_read` gives of the rows of a mask (B, T - 1); errors name the argument."""
+    """What `read` gives of the rows of a mask (B, T - 1); errors name the argument."""
     try:
-        head, router = _read(model, vocab_size, slice(None, -1), inputs)
+        head, router = read(model, model, vocab_size, slice(None, -1), inputs)
     except ValueError as error:
         raise ValueError(renamed(error, name)) from error
     if head.hidden.shape[:2] != mask.shape:

@@ -3,9 +3,12 @@
     from trl import DistillationConfig, DistillationTrainer                              # before
     from tip_kernels.hooks.trl import TIPDistillationConfig, TIPDistillationTrainer      # after
 
-Generation, wrappers (DDP, FSDP, ZeRO, PEFT), logit scales and images stay TRL's: the stock `_compute_loss` runs with
-another divergence function. Selection is per micro-batch and rank, or with `tip_statistics="step"` over the whole
-optimizer step: all its micro-batches are then measured before the first is learned from. Quotas are per rollout.
+Generation, wrappers (DDP, FSDP, ZeRO, PEFT) and images stay TRL's: the stock `_compute_loss` runs with another
+divergence function. What a model's logits are is seen by running it (see hooks/transformers.py), not read off its
+config: once when the trainer is made, so that what cannot work is refused there, and again in every step.
+
+Selection is per micro-batch and rank, or with `tip_statistics="step"` over the whole optimizer step: all its
+micro-batches are then measured before the first is learned from. Quotas are per rollout.
 
 The loss of an optimizer step is the sum over the kept tokens of all its micro-batches and ranks, divided by how many
 those are. A quota rule's count follows from the masks, which are known for the whole step before its first forward, so
@@ -37,6 +40,7 @@ import tip_kernels as tip
 from tip_kernels._checks import finite_number
 from tip_kernels.compat._calls import head, jsd
 from tip_kernels.distillation import registry as names
+from tip_kernels.hooks.transformers import read, renamed
 from tip_kernels.select.rule import QuotaRule
 from tip_kernels.stats import LABEL_FIELDS, TokenStats
 
@@ -226,6 +230,8 @@ class TIPDistillationTrainer(DistillationTrainer):
         tip/divergence_kept     mean loss of a kept token; nothing where no token was kept
         tip/grad_norm           before clipping
         tip/keep                AdaKD's share
+        tip/router_loss         of a student's experts, which its forward returns with output_router_logits: times the
+                                model's own coefficient it is added to the loss, micro-batches and ranks averaged
 
     An optimizer step for which no token was kept changes nothing (under fp16, what the optimizer makes of zeros).
     Subclasses may override `make_rule` to return any rule.
@@ -263,13 +269,63 @@ class TIPDistillationTrainer(DistillationTrainer):
         self._losses: list[Tensor] = []
         self._measuring: tip.StepSelection | None = None  # while micro-batches are measured, and nothing is learned
         self._measured = 0  # rollouts so far
+        self._heads: list[tip.Head] = []  # of the student and the teacher, in one loss call
+        self._router: Tensor | None = None  # the student's experts' own loss in it
+        self._routers: list[Tensor] = []  # of the micro-batches
+        if teacher_model is None:
+            raise ValueError("teacher_model: expected a transformers model or its name, got None")
+        for name, given in (("model", model), ("teacher_model", teacher_model)):
+            if isinstance(given, torch.nn.Module):
+                _check_place(name, given)
         super().__init__(model, teacher_model, args, *rest, **named)
+        self._probe()
         chosen_first = args.tip_statistics == "step"
         if self.is_deepspeed_enabled and not (chosen_first or count_is_known(self.make_rule())):
             raise ValueError(
                 f"tip_rule: expected a rule whose count is known beforehand, since DeepSpeed steps inside backward, "
                 f"got {args.tip_rule!r}"
             )
+        if self._router is not None and not (chosen_first or count_is_known(self.make_rule())):
+            raise ValueError(
+                "tip_rule: expected a rule whose count is known beforehand, or tip_statistics='step', since gradients "
+                f"of the student's experts' own loss cannot be scaled apart, got {args.tip_rule!r}"
+            )
+
+    def _probe(self) -> None:
+        """Reads both models once, on two tokens, and refuses what is no Head or not where TRL looks for it."""
+        for name, model in (("model", self.model), ("teacher_model", self.teacher_model)):
+            if name == "model" and is_deepspeed_zero3_enabled():
+                continue  # not prepared yet: the first step reads it
+            plain = self.accelerator.unwrap_model(model)
+            place = plain.get_input_embeddings().weight.device
+            ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu" if place.type == "meta" else place)
+            modes = {module: module.training for module in model.modules()}
+            model.eval()
+            self._heads = [] if name == "model" else self._heads[:1]
+            try:
+                with torch.set_grad_enabled(name == "model"):
+                    call = self._get_last_hidden_state
+                    self._forward_redirection(model, plain, call, plain, ids, torch.ones_like(ids), 1)
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+        self._heads = []
+
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images):
+        name = "teacher_model" if self._heads else "model"
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | images
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        rows = slice(-logits_to_keep - 1, -1)
+        # TRL calls this inside of the model's forward, whose hooks have run, and without what is put around that
+        forward = partial(type(unwrapped_model).forward, unwrapped_model)
+        try:
+            found, router = read(unwrapped_model, forward, None, rows, inputs)
+        except ValueError as error:
+            raise ValueError(renamed(error, name)) from error
+        if not self._heads:
+            self._router = router
+        self._heads.append(found)
+        return found.hidden
 
     def make_rule(self) -> tip.Rule:
         """The rule of the next optimizer step."""
@@ -341,7 +397,11 @@ class TIPDistillationTrainer(DistillationTrainer):
         stock = DistillationTrainer._compute_loss
         scope = {**stock.__globals__, LOSS_CALL: partial(self._kept_loss, inputs)}
         compute = FunctionType(stock.__code__, scope, stock.__name__, stock.__defaults__, stock.__closure__)
-        return compute(self, unwrapped_student, inputs, num_items_in_batch)
+        self._heads = []
+        try:
+            return compute(self, unwrapped_student, inputs, num_items_in_batch)
+        finally:
+            self._heads = []
 
     def _kept_loss(
         self,
@@ -363,28 +423,32 @@ class TIPDistillationTrainer(DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In place of TRL's function: the loss, the sum of entropies, how many tokens are trainable."""
         mask, temperature = completion_mask != 0, self.args.tip_loss_temperature or temperature
+        weights_s, scales_s = (
+            (student_lm_head_weight, student_lm_head_bias),
+            (student_logit_scale, student_final_logit_softcapping),
+        )
+        weights_t, scales_t = (
+            (teacher_lm_head_weight, teacher_lm_head_bias),
+            (teacher_logit_scale, teacher_final_logit_softcapping),
+        )
+        if self._heads:  # what the forwards did, whatever the configs say
+            scales_s, scales_t = ((found.scale, found.softcap) for found in self._heads)
+            if not is_deepspeed_zero3_enabled():  # whose weights are in the parameters alone, while they are gathered
+                weights_s, weights_t = ((found.weight, found.bias) for found in self._heads)
 
         def learn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            scales = student_logit_scale, student_final_logit_softcapping
-            student = head("student_lm_head", hidden, weight, bias, *scales)
-            teacher = head(
-                "teacher_lm_head",
-                teacher_hidden_states,
-                teacher_lm_head_weight,
-                teacher_lm_head_bias,
-                teacher_logit_scale,
-                teacher_final_logit_softcapping,
-            )
+            student = head("student_lm_head", hidden, weight, bias, *scales_s)
+            teacher = head("teacher_lm_head", teacher_hidden_states, *weights_t, *scales_t)
             if self._measuring is not None:
                 self._measure(self._measuring, student, teacher, mask)
                 return hidden.new_zeros(()), hidden.new_zeros(8, dtype=torch.float64)
             return self._learn(student, teacher, mask, inputs, temperature)
 
-        leaves = student_hidden_states, student_lm_head_weight, student_lm_head_bias
+        leaves = student_hidden_states, *weights_s
         at_once = torch.is_grad_enabled() and is_deepspeed_zero3_enabled()
         with (
-            maybe_gather_lm_head_ctx(student_lm_head_weight, student_lm_head_bias),
-            maybe_gather_lm_head_ctx(teacher_lm_head_weight, teacher_lm_head_bias),
+            maybe_gather_lm_head_ctx(*weights_s),
+            maybe_gather_lm_head_ctx(*weights_t),
         ):
             total, sums = _AtOnce.apply(learn, *leaves) if at_once else learn(*leaves)
         count_trainable, count_kept = sums[:2]
@@ -393,7 +457,12 @@ class TIPDistillationTrainer(DistillationTrainer):
         entropy_sum = sums[7]
         if num_items_in_batch is None:
             num_items_in_batch = count_kept.clamp(min=1)
-        return (total / num_items_in_batch).float(), entropy_sum, count_trainable.long()
+        loss = (total / num_items_in_batch).float()
+        if self._heads and self._router is not None and self._measuring is None:
+            self._routers.append(self._router.detach().double())
+            steps = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self._router.to(loss.device).float() / steps
+        return loss, entropy_sum, count_trainable.long()
 
     def _learn(
         self, student: tip.Head, teacher: tip.Head, mask: Tensor, inputs: dict[str, Any], temperature: float
@@ -482,6 +551,9 @@ class TIPDistillationTrainer(DistillationTrainer):
             metrics["divergence_kept"] = total / kept
         if self.focus and mode == "train":
             metrics["keep"] = self.focus.keep
+        if self._routers:
+            metrics["router_loss"] = self.accelerator.reduce(torch.stack(self._routers).mean(), "mean").item()
+            self._routers = []
         for name, value in metrics.items():
             self._metrics[mode][f"tip/{name}"].append(value)
         return sums
@@ -491,6 +563,18 @@ class TIPDistillationTrainer(DistillationTrainer):
         if norm is not None:
             self._metrics["train"]["tip/grad_norm"].append(float(norm))
         return norm
+
+
+def _check_place(name: str, model: Any) -> None:
+    """Refuses an output layer without a weight and a bias that TRL can look at between forwards."""
+    output = model.get_output_embeddings()
+    weight, kind = getattr(output, "weight", None), f"{type(model).__name__} with {type(output).__name__}"
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError(f"{name}: expected an output layer in memory, got {kind}, which is offloaded: load the model")
+    if not isinstance(weight, Tensor) or not hasattr(output, "bias"):
+        raise ValueError(
+            f"{name}: expected an output layer with a weight and a bias, got {kind}: an adapter on it is to be merged"
+        )
 
 
 def count_is_known(rule: tip.Rule) -> bool:
