@@ -88,6 +88,12 @@ LINEAR_ANY = "test_kernels.py::test_linear_stats_takes_any_vocabulary"
 FUSED = "test_backends.py::test_fused_statistics_of_heads_are_no_worse_than_eager_fp32"
 RANKS = "test_parallel.py::test_ranks"
 HEAD_OF = "test_hooks_transformers.py::test_losses_and_gradients_through_head_of_are_those_of_the_models_own_logits"
+HOOKED = "test_hooks_transformers.py::test_"
+MICRO = HOOKED + "micro_batches_add_up_to_the_whole_batch"
+EXPERTS = HOOKED + "experts_own_loss_is_added_by_the_models_coefficient"
+TRAINED = "test_hooks_trl.py::test_"
+SHARDED = "test_parallel.py -k sharded_models_learn"
+JUNK = "test_topk.py::test_what_masked_rows_hold_is_no_matter_in_any_entry_point"
 LIGER = "test_compat.py::test_fused_loss_and_gradients_are_those_of_the_formula"
 LIGER_MIX = "test_compat.py::test_soft_and_hard_losses_come_apart_as_ligers"
 GKD = "test_compat.py::test_dense_loss_and_gradient_are_gkds"
@@ -338,8 +344,32 @@ BORDERS = [
      "test_hooks_transformers.py::test_left_padding_gives_the_same_rows_the_same_losses"),
     ("hooks/transformers.py", "mask = chosen[0] & chosen[-1]", "mask = chosen[0]",
      "test_hooks_transformers.py::test_labels_and_a_completion_mask_mean_the_same_tokens_and_both_must_allow_one"),
-    ("hooks/transformers.py", "return out._replace(loss=out.loss * share)", "return out",
-     "test_hooks_transformers.py::test_micro_batches_add_up_to_the_whole_batch"),
+    ("hooks/transformers.py", "share = (mask.sum() / num_items_in_batch).float()", "share = 1.0", MICRO),
+    ("hooks/transformers.py", "return DistilledBatch(out.loss * share,", "return DistilledBatch(out.loss,", MICRO),
+    ("hooks/transformers.py", "hasattr(node, \"variable\")", "False", HOOKED + "a_model_that_head_cannot_describe_is_refused_with_the_reason"),
+    ("hooks/transformers.py", "self.calls.append(_Call(layer, hidden, weight, bias, probes))", "self.calls.append(_Call(layer, hidden, layer.weight, bias, probes))",
+     HOOKED + "a_head_is_read_where_its_forward_reads_it"),
+    ("hooks/transformers.py", "or torch.is_grad_enabled() != self.grad_enabled", "", HOOKED + "a_quantised_products_own_function_is_refused"),
+    ("hooks/transformers.py", "return run(*args, **named)", "return nn.Linear.forward(output, *args, **named)", HOOKED + "what_wraps_an_output_layer_is_run"),
+    ("hooks/transformers.py", "weight.is_leaf and now is not weight", "False", HOOKED + "an_offloaded_head_is_taken_through_its_hook_unless_it_is_to_learn"),
+    ("hooks/transformers.py", "if sharded and hidden.requires_grad", "if False", SHARDED),
+    ("hooks/transformers.py", "return now, layer.bias", "return weight, layer.bias", SHARDED),
+    ("hooks/transformers.py", "if weight.numel() and not weight.untyped_storage().size():", "if False:", "test_parallel.py -k fsdp1_frees"),
+    ("hooks/transformers.py", "return weight * loss", "return loss", EXPERTS),
+    ("hooks/transformers.py", "hidden=_BackwardTo.apply(rows.hidden, router * weight)", "hidden=rows.hidden", EXPERTS),
+    ("hooks/transformers.py", "value is None or isinstance(value, Tensor)", "True", HOOKED + "entries_of_a_batch_that_are_no_tensors_are_named"),
+    ("hooks/transformers.py", "value.is_floating_point():", "False:", HOOKED + "images_that_a_text_model_leaves_unread_are_warned_of"),
+    ("hooks/trl.py", "scales_s, scales_t = ((found.scale", "_ = ((found.scale", TRAINED + "the_loss_is_that_of_the_models_own_logits_whatever_their_configs_say"),
+    ("hooks/trl.py", "weights_s, weights_t = ((found.weight", "_ = ((found.weight", TRAINED + "adapters_that_change_the_heads_product_alone_are_taken"),
+    ("hooks/trl.py", "        self._probe()\n", "", TRAINED + "models_that_are_no_head_are_refused_when_the_trainer_is_made"),
+    ("hooks/trl.py", "loss = loss + self._router", "loss = loss + 0 * self._router", TRAINED + "experts_own_loss_is_added_by_the_models_coefficient_and_logged"),
+    ("hooks/trl.py", "module.training = mode", "pass", TRAINED + "probing_leaves_modes_as_they_are"),
+    ("distributed/shards.py", "weakref.ref(group)", "lambda: group", "test_parallel.py::test_no_graph_keeps_a_process_group"),
+    ("sources/pair.py", "self.pair.topk.check_values(self.pair.vocab, rows)", "self.pair.topk.check_values(self.pair.vocab, None)", JUNK),
+    ("sources/pair.py", "labels.where(mask, IGNORE_LABEL)", "labels", JUNK),
+    ("sources/pair.py", "temperature.where(mask, 1.0) if", "temperature if", JUNK),
+    ("sources/topk.py", "self.ids[rows], self.logp[rows]", "self.ids[:0], self.logp[:0]", "test_topk.py::test_what_rows_in_use_hold_is_checked"),
+    ("learn/divergence_loss.py", "request.check_values(None if kept is None else ids)", "request.check_values(None)", JUNK),
     ("inspect/page.py", "        autoescape=True,\n        finalize=_inert,\n", "", PAGE),
     ("inspect/page.py", "(?i)[<>&]|h(?=ttp)", "(?i)h(?=ttp)", PAGE),
     ("opd/train.py", "first=rollouts.prompt_width - 1)", "first=rollouts.prompt_width)", LOOP_GRAD),
