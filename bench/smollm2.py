@@ -27,7 +27,8 @@ SMALL_MIB = 16  # a workspace in which the kept rows' logits are made twice inst
 
 
 def main(argv: list[str]) -> int:
-    from tip_kernels.opd import UsageError, smollm2
+    from tip_kernels.inspect.usage import UsageError
+    from tip_kernels.opd import smollm2
     from tip_kernels.opd.settings import MODELS, Settings
 
     preset = MODELS["smollm2"]

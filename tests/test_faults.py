@@ -22,7 +22,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from tip_kernels import __main__ as command
-from tip_kernels.opd import UsageError, checkpoint, disk
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.opd import checkpoint, disk
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task

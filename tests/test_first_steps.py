@@ -13,7 +13,7 @@ import pytest
 import tip_kernels as tip
 from tip_kernels.__main__ import main
 from tip_kernels.distillation import registry
-from tip_kernels.opd import UsageError, install
+from tip_kernels.inspect.usage import UsageError, install
 from tip_kernels.opd.options import parser
 
 ROOT = Path(__file__).parent.parent

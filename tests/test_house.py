@@ -17,22 +17,6 @@ from tip_kernels.compat import liger, trl
 from tip_kernels.hooks import transformers, verl
 from tip_kernels.inspect import save_statistics
 
-# Public names whose docstrings are still to be written in sections.
-NOT_YET_IN_SECTIONS = {
-    "JSD",
-    "AlphaBeta",
-    "GradFilter",
-    "Head",
-    "Renyi",
-    "SampledReverseKL",
-    "SkewForwardKL",
-    "SkewReverseKL",
-    "ToDi",
-    "TokenStats",
-    "TopK",
-    "divergence_loss",
-}
-
 
 def built(root: Path, files: dict[str, str], package: str = "toy") -> house.House:
     """A package of those files, beside what is there of it; folders get an empty `__init__` unless they have one."""
@@ -94,10 +78,9 @@ def test_a_name_of_the_face_is_the_face_and_a_module_of_the_package_is_none(tmp_
             "b.py": "from toy import learn",
             "c.py": "def late():\n    import toy as t",
             "opd/loop.py": "import toy",
-            "__main__.py": "import toy",
         },
     )
-    assert wrong_in(house.found_in(toy)) == {"the face": "toy itself is imported by toy.b, toy.c"}
+    assert wrong_in(house.found_in(toy)) == {"the face": "toy itself is imported by toy.b, toy.c, toy.opd.loop"}
 
 
 def test_the_names_of_the_face_may_stand_in_a_module_of_its_own(tmp_path):
@@ -234,7 +217,7 @@ def test_walks_and_sizes_past_their_limits_are_named():
     wrong = wrong_in(house.found_in_walks({"divergence_loss": long, "distill": long}, (16, 61)))
     assert len(wrong) == 6 and wrong["switches of distill"] == "expected at most 60 switches between files, got 99"
     short = house.Walk(files=6, functions=1, lines=1, switches=30, threads=1)
-    assert not wrong_in(house.found_in_walks({"divergence_loss": short, "distill": short}, (14, 60)))
+    assert not wrong_in(house.found_in_walks({"divergence_loss": short, "distill": short}, (15, 60)))
 
 
 def test_an_excuse_holds_until_its_check_passes():
@@ -285,8 +268,4 @@ def undocumented(public: Callable) -> set[str]:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_argument_of_a_public_name_is_explained_in_a_section(name):
-    missing = undocumented(PUBLIC[name])
-    if name in NOT_YET_IN_SECTIONS:
-        assert missing, f"{name} is documented: take it out of NOT_YET_IN_SECTIONS"
-    else:
-        assert not missing
+    assert not undocumented(PUBLIC[name])

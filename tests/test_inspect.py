@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 from tip_kernels.inspect import TokenTable, page, save_statistics
 from tip_kernels.inspect.tokens import Top, names, pieces, table_of
-from tip_kernels.opd import UsageError, addition
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.opd import addition
 from tip_kernels.opd.inspect_cli import _observe
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.settings import PACKAGED, Settings

@@ -23,13 +23,15 @@ from tip_kernels.select.adakd import AdaptiveFocus
 
 pytest.importorskip("transformers")
 
-from tip_kernels.opd import UsageError, addition, cli, install, smollm2, train
+from tip_kernels.inspect.usage import UsageError, install
+from tip_kernels.opd import addition, cli, smollm2, train
 from tip_kernels.opd import task as task_module
-from tip_kernels.opd.pair import likeliest, load_pair
+from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.rollout import left_pad, sample
 from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task
 from tip_kernels.opd.train import Loop
+from tip_kernels.sources.from_models import likeliest
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "4", "--eval-prompts", "8", "--eval-every", "2", "--no-report", "--quiet"]

@@ -16,7 +16,8 @@ from tip_kernels import __main__ as command
 pytest.importorskip("transformers")
 
 from tip_kernels.inspect import curves, page
-from tip_kernels.opd import UsageError, report, trackers, train
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.opd import report, trackers, train
 from tip_kernels.opd.pair import load_pair
 from tip_kernels.opd.settings import PACKAGED, Settings
 from tip_kernels.opd.task import load_task

@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     if argv and argv[0] == "--version":
-        import tip_kernels
+        from tip_kernels import _versions
 
-        print(f"tip-kernels {tip_kernels.__version__}")
+        print(f"tip-kernels {_versions.own()}")
         return 0
     # torch's, where numpy is not installed; no command here needs it that does not ask for it by name
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)

@@ -56,17 +56,27 @@ class TokenStats:
     measured raises an AttributeError that says what to pass for it. A row whose logits hold a NaN, a +inf, or nothing
     but -inf is NaN in every statistic that reads it.
 
+    Args:
+        **statistics: Statistics by name, (N,) each; None is as good as leaving one out.
+
     Attributes:
-        lse_s, lse_t: log of the sum of exponentials of the logits / temperature.
-        entropy_s, entropy_t: Entropies.
+        lse_s: Log of the sum of exponentials of the student's logits / temperature.
+        lse_t: The teacher's.
+        entropy_s: Entropy of the student.
+        entropy_t: Entropy of the teacher.
         kl_fwd: KL(teacher || student), clamped at 0; +inf where the student bans a token that the teacher allows.
         kl_rev: KL(student || teacher), likewise.
         hellinger_sq: 1 - sum sqrt(p_s p_t), in [0, 1], no unit.
-        margin_s, margin_t: Top-1 minus top-2 logit / temperature; +inf with fewer than two finite logits.
+        margin_s: Top-1 minus top-2 logit / temperature of the student; +inf with fewer than two finite logits.
+        margin_t: The teacher's.
         agree: bool, both models have the same argmax (the lower id wins a tie).
-        logp_s, logp_t: Log-probability of the label; NaN where there is none (-100).
+        logp_s: Log-probability of the label under the student; NaN where there is none (-100).
+        logp_t: Under the teacher.
         mass_t_on_top_s: Teacher probability on the student's top_k tokens, in [0, 1].
         rank_t_of_argmax_s: int64, the student's argmax in the teacher's top_k, 0 first; top_k if absent.
+
+    Raises:
+        TypeError: Naming a statistic that there is none of.
     """
 
     lse_s = _Statistic("a student")

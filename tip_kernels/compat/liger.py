@@ -20,9 +20,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
 from tip_kernels._checks import expect, finite_number, is_int, renamed
-from tip_kernels.compat._calls import counted, head, jsd
+from tip_kernels.compat._calls import counted, jsd
+from tip_kernels.distillation.distill import distill
+from tip_kernels.select.rule import KeepAll
+from tip_kernels.sources.from_models import head
 
 INPUTS = {"student_hidden": "student_input", "teacher_hidden": "teacher_input"}
 IGNORED = -100  # distill's own mark of a row without a label
@@ -88,10 +90,10 @@ class LigerFusedLinearJSD(torch.nn.Module):
         student = head("student", student_input, student_weight)
         teacher = head("teacher", teacher_input, teacher_weight)
         mask, count = counted("shift_labels", shift_labels, self.ignore_index, student_input.shape[:-1])
-        return tip.distill(
+        return distill(
             student,
             teacher,
-            select=tip.KeepAll(),
+            select=KeepAll(),
             divergence=self.divergence,
             row_mask=mask,
             temperature=self.temperature,
@@ -179,10 +181,10 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         labels = true_labels.masked_fill(true_labels == self.ignore_index, IGNORED)
 
         def mean(ce_weight: float) -> Tensor:
-            return tip.distill(
+            return distill(
                 student,
                 teacher,
-                select=tip.KeepAll(),
+                select=KeepAll(),
                 divergence=self.divergence,
                 row_mask=mask,
                 labels=labels if ce_weight else None,

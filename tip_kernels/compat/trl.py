@@ -19,9 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
 from tip_kernels._checks import expect, finite_number, renamed
-from tip_kernels.compat._calls import counted, head, jsd
+from tip_kernels.compat._calls import counted, jsd
+from tip_kernels.distillation.distill import distill
+from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.select.rule import KeepAll
+from tip_kernels.sources.from_models import head
 
 IGNORED = -100
 
@@ -87,8 +91,8 @@ class ChunkedDivergenceFunction:
             teacher_logit_scale,
             teacher_final_logit_softcapping,
         )
-        stats = tip.token_stats(student, teacher, temperature=temperature)
-        rows = tip.divergence_loss(student, teacher, divergence=jsd("beta", beta), stats=stats, temperature=temperature)
+        stats = token_stats(student, teacher, temperature=temperature)
+        rows = divergence_loss(student, teacher, divergence=jsd("beta", beta), stats=stats, temperature=temperature)
         return rows, stats.entropy_s
 
 
@@ -129,10 +133,10 @@ def generalized_jsd_loss(
     expect(known, "reduction", "'batchmean', 'sum' or 'mean' ('none' is a whole (N, V) matrix)", reduction)
     finite_number("temperature", temperature, positive=True)
     mask, count = counted("labels", labels, IGNORED, student_logits.shape[:-1])
-    total = tip.distill(
+    total = distill(
         student_logits,
         teacher_logits,
-        select=tip.KeepAll(),
+        select=KeepAll(),
         divergence=jsd("beta", beta),
         row_mask=mask,
         temperature=temperature,

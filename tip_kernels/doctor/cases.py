@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
 from tip_kernels.doctor import truth
+from tip_kernels.sources.pair import Head
 
 STATISTIC_FLOOR = 5e-6  # nats
 GRADIENT_FLOOR = 2e-5  # relative
@@ -82,7 +82,7 @@ class Source:
         frozen = [x.to(device) for x in self.frozen]
         if len(leaves) == 1:
             return leaves, leaves[0], frozen[0]
-        return leaves, tip.Head(*leaves, scale=self.scale, softcap=self.softcap), tip.Head(*frozen)
+        return leaves, Head(*leaves, scale=self.scale, softcap=self.softcap), Head(*frozen)
 
     def logits(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         """Both models' (N, V) logits in the dtype of the leaves."""

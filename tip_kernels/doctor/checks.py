@@ -13,13 +13,34 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
+from tip_kernels.distillation.distill import distill
+from tip_kernels.distillation.importance import token_importance
+from tip_kernels.distillation.options import Execution
+from tip_kernels.distillation.step_selection import StepSelection
 from tip_kernels.doctor import truth
 from tip_kernels.doctor.cases import TOP_K, Case, Compared, Source, exact
-from tip_kernels.stats import STATISTICS
+from tip_kernels.learn import divergences
+from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.learn.divergences import TVD, ForwardKL, ReverseKL
+from tip_kernels.learn.grad_filter import GradFilter
+from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd, difficulty_temperature
+from tip_kernels.select.papers import (
+    CrossEntropyRatio,
+    EntropyGap,
+    GreedyAgreement,
+    PositionPrefix,
+    Teachability,
+    TopMargin,
+)
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import KeepAll, RandomRows, SoftOr, Threshold
+from tip_kernels.select.tip import Overconfident, SampleEntropy, TopDivergence, TopEntropy
+from tip_kernels.sources.topk import TopK
+from tip_kernels.stats import STATISTICS, TokenStats
 
 Check = Callable[[Case], Iterator[Compared]]
-EXECUTION = tip.Execution()
+EXECUTION = Execution()
 
 
 class NotHere(Exception):
@@ -62,7 +83,7 @@ def _statistic(field: str, case: Case) -> Iterator[Compared]:
 
 
 @lru_cache(maxsize=1)  # every field reads it
-def _statistics_of(case: Case) -> list[tuple[str, tip.TokenStats, dict[str, Tensor], dict[str, Tensor]]]:
+def _statistics_of(case: Case) -> list[tuple[str, TokenStats, dict[str, Tensor], dict[str, Tensor]]]:
     """What was measured, its statistics, those of the formulas in float64 and in float32."""
     found = []
     on = {"labels": case.labels.to(case.device), "margins": True, "workspace_mib": 1}
@@ -72,8 +93,8 @@ def _statistics_of(case: Case) -> list[tuple[str, tip.TokenStats, dict[str, Tens
             at = {} if tau is None else {"temperature": tau.to(case.device)}
             right = [_statistics(case, source, tau, dtype) for dtype in (torch.float64, torch.float32)]
             what = source.name if tau is None else f"{source.name}, a temperature a row"
-            found.append((what, tip.token_stats(student, teacher, top_k=TOP_K, **on, **at), *right))
-            found.append((f"{what}, student alone", tip.token_stats(student, **on, **at), *right))
+            found.append((what, token_stats(student, teacher, top_k=TOP_K, **on, **at), *right))
+            found.append((f"{what}, student alone", token_stats(student, **on, **at), *right))
     return found
 
 
@@ -100,7 +121,7 @@ def _importance(case: Case) -> Iterator[Compared]:
     }
     given = {"student": student, "teacher": teacher, "labels": case.labels.to(case.device), "top_k": TOP_K}
     for method, score in scores.items():
-        yield Compared(method, tip.token_importance(method=method, **given), score(right), score(eager))
+        yield Compared(method, token_importance(method=method, **given), score(right), score(eager))
 
 
 # ---- select
@@ -153,51 +174,51 @@ def _gumbel(x: Values, rows: list[int], draw: torch.Generator) -> list[float]:
 KEEP = 0.4
 # (rule of a generator, its score of (values, rows of the population, a generator), eligible or None for all)
 RULES: dict[str, tuple[Callable, Callable, Callable | None]] = {
-    "KeepAll": (lambda g: tip.KeepAll(), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
-    "TopEntropy": (lambda g: tip.TopEntropy(KEEP), lambda x, rows, g: x["entropy_s"], None),
-    "TopDivergence": (lambda g: tip.TopDivergence(KEEP), lambda x, rows, g: x["kl_rev"], None),
-    "TopHellinger": (lambda g: tip.TopHellinger(KEEP), lambda x, rows, g: x["hellinger_sq"], None),
-    "TopMargin": (lambda g: tip.TopMargin(KEEP), lambda x, rows, g: x["margin_t"], None),
-    "SoftOr": (lambda g: tip.SoftOr(KEEP), lambda x, rows, g: _soft_or(x, rows), None),
+    "KeepAll": (lambda g: KeepAll(), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
+    "TopEntropy": (lambda g: TopEntropy(KEEP), lambda x, rows, g: x["entropy_s"], None),
+    "TopDivergence": (lambda g: TopDivergence(KEEP), lambda x, rows, g: x["kl_rev"], None),
+    "TopHellinger": (lambda g: TopHellinger(KEEP), lambda x, rows, g: x["hellinger_sq"], None),
+    "TopMargin": (lambda g: TopMargin(KEEP), lambda x, rows, g: x["margin_t"], None),
+    "SoftOr": (lambda g: SoftOr(KEEP), lambda x, rows, g: _soft_or(x, rows), None),
     "Overconfident": (
-        lambda g: tip.Overconfident(KEEP, entropy_below=6.0, divergence_above=1.0),
+        lambda g: Overconfident(KEEP, entropy_below=6.0, divergence_above=1.0),
         lambda x, rows, g: _product(x["kl_fwd"], _sureness(x, rows)),
         lambda x, i: x["entropy_s"][i] < 6.0 and x["kl_fwd"][i] > 1.0,
     ),
     "EntropyGap": (
-        lambda g: tip.EntropyGap(KEEP),
+        lambda g: EntropyGap(KEEP),
         lambda x, rows, g: [a - b for a, b in zip(x["entropy_s"], x["entropy_t"], strict=True)],
         None,
     ),
     "CrossEntropyRatio": (
-        lambda g: tip.CrossEntropyRatio(KEEP),
+        lambda g: CrossEntropyRatio(KEEP),
         lambda x, rows, g: [-a / (-b + 1e-6) for a, b in zip(x["logp_s"], x["logp_t"], strict=True)],
         None,
     ),
     "Teachability": (
-        lambda g: tip.Teachability(KEEP, top_k=TOP_K),
+        lambda g: Teachability(KEEP, top_k=TOP_K),
         lambda x, rows, g: _teachability(x, rows),
         None,
     ),
     "GreedyAgreement": (
-        lambda g: tip.GreedyAgreement(TOP_K),
+        lambda g: GreedyAgreement(TOP_K),
         lambda x, rows, g: [float(rank < TOP_K) for rank in x["rank_t_of_argmax_s"]],
         lambda x, i: x["rank_t_of_argmax_s"][i] < TOP_K,
     ),
-    "PositionPrefix": (lambda g: tip.PositionPrefix(2), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
-    "RandomRows": (lambda g: tip.RandomRows(KEEP, generator=g), lambda x, rows, g: _uniform(x, g), None),
-    "SampleEntropy": (lambda g: tip.SampleEntropy(KEEP, generator=g), _gumbel, None),
+    "PositionPrefix": (lambda g: PositionPrefix(2), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
+    "RandomRows": (lambda g: RandomRows(KEEP, generator=g), lambda x, rows, g: _uniform(x, g), None),
+    "SampleEntropy": (lambda g: SampleEntropy(KEEP, generator=g), _gumbel, None),
     "Threshold": (
-        lambda g: tip.Threshold("kl_rev", above=0.5, below=4.0),
+        lambda g: Threshold("kl_rev", above=0.5, below=4.0),
         lambda x, rows, g: x["kl_rev"],
         lambda x, i: 0.5 < x["kl_rev"][i] < 4.0,
     ),
 }
 
 
-def _measured(case: Case) -> tuple[tip.TokenStats, Values]:
+def _measured(case: Case) -> tuple[TokenStats, Values]:
     _, student, teacher = case.logits.on(case.device)
-    stats = tip.token_stats(student, teacher, labels=case.labels.to(case.device), margins=True, top_k=TOP_K)
+    stats = token_stats(student, teacher, labels=case.labels.to(case.device), margins=True, top_k=TOP_K)
     return stats, _listed({name: getattr(stats, name) for name in STATISTICS})
 
 
@@ -234,7 +255,7 @@ def _counts_in_float64(device: torch.device) -> None:
 def _quadrants(case: Case) -> Iterator[Compared]:
     _counts_in_float64(case.device)
     stats, x = _measured(case)
-    ours = tip.quadrants(stats, case.mask.to(case.device), entropy=5.0, divergence=0.5)
+    ours = quadrants(stats, case.mask.to(case.device), entropy=5.0, divergence=0.5)
     pairs = zip(x["entropy_s"], x["kl_rev"], case.mask.tolist(), strict=True)
     expected = [(1 + 2 * (h < 5.0) + (d <= 0.5)) if rows else 0 for h, d, rows in pairs]
     yield exact("quadrants", ours, torch.tensor(expected, dtype=torch.int8))
@@ -249,10 +270,10 @@ def _learn(name: str, source_name: str, case: Case) -> Iterator[Compared]:
     tau, w = case.temperature.to(case.device), case.weights.to(case.device)
     stats = None
     if name == "SampledReverseKL":
-        stats = tip.token_stats(student, teacher, labels=case.sampled.to(case.device), temperature=tau)
-    divergence = getattr(tip, name)(*parameters)
+        stats = token_stats(student, teacher, labels=case.sampled.to(case.device), temperature=tau)
+    divergence = getattr(divergences, name)(*parameters)
     options = {"divergence": divergence, "stats": stats, "temperature": tau, "row_weights": w, "workspace_mib": 1}
-    loss = tip.divergence_loss(student, teacher, **options)
+    loss = divergence_loss(student, teacher, **options)
     loss.sum().backward()
 
     def right(z_s: Tensor, z_t: Tensor) -> Tensor:
@@ -263,8 +284,8 @@ def _learn(name: str, source_name: str, case: Case) -> Iterator[Compared]:
 
 def _sum_and_clip(case: Case) -> Iterator[Compared]:
     leaves, student, teacher = case.logits.on(case.device, grad=True)
-    divergence = (0.5 * tip.ForwardKL() + 0.25 * tip.TVD()).clipped(2.0)
-    loss = tip.divergence_loss(student, teacher, divergence=divergence)
+    divergence = (0.5 * ForwardKL() + 0.25 * TVD()).clipped(2.0)
+    loss = divergence_loss(student, teacher, divergence=divergence)
     loss.sum().backward()
 
     def right(z_s: Tensor, z_t: Tensor) -> Tensor:
@@ -279,9 +300,9 @@ def _listed_teacher(tail: str, case: Case) -> Iterator[Compared]:
     source, ids = case.head, case.logits.frozen[0].topk(TOP_K).indices
     logp = source.logits([x.double() for x in source.leaves])[1].log_softmax(1).gather(1, ids).float()
     leaves, student, _ = source.on(case.device, grad=True)
-    teacher = tip.TopK(ids.to(case.device), logp.to(case.device), tail=tail)
-    stats = tip.token_stats(student, teacher)
-    loss = tip.divergence_loss(student, teacher, divergence=tip.ForwardKL(), stats=stats)
+    teacher = TopK(ids.to(case.device), logp.to(case.device), tail=tail)
+    stats = token_stats(student, teacher)
+    loss = divergence_loss(student, teacher, divergence=ForwardKL(), stats=stats)
     loss.sum().backward()
 
     def right(z_s: Tensor, z_t: Tensor) -> Tensor:
@@ -296,7 +317,7 @@ def _listed_teacher(tail: str, case: Case) -> Iterator[Compared]:
 def _distill(
     strategy: str,
     case: Case,
-    execution: tip.Execution = EXECUTION,
+    execution: Execution = EXECUTION,
     **options: object,
 ) -> Iterator[Compared]:
     """Reverse KL at a temperature a row, beside a label loss, over the rows that the rule chose."""
@@ -306,7 +327,7 @@ def _distill(
     on = {name: getattr(case, name).to(case.device) for name in ("labels", "temperature")}
     options = {"row_mask": case.mask.to(case.device), "row_weights": case.weights.to(case.device)} | on | options
     rollouts = case.rollouts.to(case.device)
-    out = tip.distill(student, teacher, ce_weight=0.25, rollout_ids=rollouts, execution=execution, **options)
+    out = distill(student, teacher, ce_weight=0.25, rollout_ids=rollouts, execution=execution, **options)
     if not execution.backward:
         out.loss.backward()
     if out.plan.strategy != strategy:
@@ -327,8 +348,8 @@ def _distill_listed(case: Case) -> Iterator[Compared]:
     source, ids = case.head, case.logits.frozen[0].topk(TOP_K).indices
     logp = source.logits([x.double() for x in source.leaves])[1].log_softmax(1).gather(1, ids).float()
     leaves, student, _ = source.on(case.device, grad=True)
-    teacher = tip.TopK(ids.to(case.device), logp.to(case.device))
-    out = tip.distill(student, teacher, select=tip.TopDivergence(KEEP), divergence=tip.ForwardKL())
+    teacher = TopK(ids.to(case.device), logp.to(case.device))
+    out = distill(student, teacher, select=TopDivergence(KEEP), divergence=ForwardKL())
     out.loss.backward()
     rows = out.kept.mask.cpu()
 
@@ -344,14 +365,14 @@ def _adakd(case: Case) -> Iterator[Compared]:
     _counts_in_float64(case.device)
     source, mask = case.head, case.mask
     leaves, student, teacher = source.on(case.device, grad=True)
-    given = tip.adakd(0.5, row_mask=mask.to(case.device), rollout_ids=case.rollouts.to(case.device))
-    out = tip.distill(student, teacher, divergence=tip.ReverseKL(), **given)
+    given = adakd(0.5, row_mask=mask.to(case.device), rollout_ids=case.rollouts.to(case.device))
+    out = distill(student, teacher, divergence=ReverseKL(), **given)
     out.loss.backward()
     rows = out.kept.mask.cpu()
     h = _statistics(case, source, None, torch.float64)["hellinger_sq"]
     median = h[mask].sort().values[(int(mask.sum()) - 1) // 2]
     tau = torch.where(mask, torch.exp(-0.5 * (h - median) / (h + median)), 1.0)
-    ours = tip.difficulty_temperature(out.stats, mask.to(case.device))
+    ours = difficulty_temperature(out.stats, mask.to(case.device))
     yield Compared("difficulty_temperature", ours, tau, tau.float())
 
     def right(z_s: Tensor, z_t: Tensor) -> Tensor:
@@ -366,7 +387,7 @@ def _step_selection(case: Case) -> Iterator[Compared]:
     """Rows chosen over two micro-batches are those of the whole case, ranked by their divergence."""
     _, student, teacher = case.logits.on(case.device)
     step, halves = (
-        tip.StepSelection(tip.TopDivergence(KEEP, by="kl_rev", scope="batch")),
+        StepSelection(TopDivergence(KEEP, by="kl_rev", scope="batch")),
         (slice(0, None, 2), slice(1, None, 2)),
     )
     for half in halves:
@@ -385,7 +406,7 @@ def _step_selection(case: Case) -> Iterator[Compared]:
 def _focus(case: Case) -> Iterator[Compared]:
     """The ratio follows the paper's lines over losses that fall, stay and rise."""
     losses = [2.0, 1.5, 1.2, 1.0, 1.0, 0.9, 1.4, 2.0, 2.2]
-    focus, ours, right = tip.AdaptiveFocus(beta=0.5, warmup=2), [], []
+    focus, ours, right = AdaptiveFocus(beta=0.5, warmup=2), [], []
     keep, average, anchor = 1.0, losses[0], losses[0]
     for seen, loss in enumerate(losses):
         ours.append(focus.update(torch.tensor(loss, device=case.device)))
@@ -415,16 +436,16 @@ CHECKS: dict[str, Check] = {
     "divergence_loss ReverseKL, bfloat16 Head": partial(_learn, "ReverseKL", "bfloat16 Head"),
     "divergence_loss of a clipped sum": _sum_and_clip,
     **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalize")},
-    "distill, one sweep": partial(_distill, "one sweep", select=tip.KeepAll(), execution=tip.Execution(sweeps=1)),
-    "distill, two sweeps": partial(_distill, "two sweeps", select=tip.SoftOr(KEEP), execution=tip.Execution(sweeps=2)),
+    "distill, one sweep": partial(_distill, "one sweep", select=KeepAll(), execution=Execution(sweeps=1)),
+    "distill, two sweeps": partial(_distill, "two sweeps", select=SoftOr(KEEP), execution=Execution(sweeps=2)),
     "distill, backward=True": partial(
-        _distill, "two sweeps", select=tip.TopEntropy(KEEP), execution=tip.Execution(sweeps=2, backward=True)
+        _distill, "two sweeps", select=TopEntropy(KEEP), execution=Execution(sweeps=2, backward=True)
     ),
     "distill, GradFilter": partial(
         _distill,
         "two sweeps",
-        select=tip.SoftOr(KEEP),
-        execution=tip.Execution(sweeps=2, grad_filter=tip.GradFilter(1e-12)),
+        select=SoftOr(KEEP),
+        execution=Execution(sweeps=2, grad_filter=GradFilter(1e-12)),
     ),
     "distill, TopK": _distill_listed,
     "distill, adakd": _adakd,

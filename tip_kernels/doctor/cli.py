@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tip_kernels.opd import UsageError
-from tip_kernels.opd.options import Parser
+from tip_kernels.inspect.usage import Parser, UsageError, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,6 @@ def run(options: dict) -> int:
     if importlib.util.find_spec("torch") is None:
         raise UsageError("needs torch: pip install torch")
     from tip_kernels.doctor import machine
-    from tip_kernels.opd.cli import pick_device
 
     began = time.perf_counter()
     device = pick_device(options.get("device", "auto"))

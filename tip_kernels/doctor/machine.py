@@ -10,7 +10,6 @@ import subprocess
 
 import torch
 
-import tip_kernels as tip
 from tip_kernels import _versions
 from tip_kernels.backends.choice import ENVIRONMENT, TRITON_DEVICES, TRITON_IS_INSTALLED, backend_for
 
@@ -34,7 +33,7 @@ def packages() -> dict[str, Facts]:
 
 def system() -> Facts:
     return {
-        "tip_kernels": tip.__version__,
+        "tip_kernels": _versions.own(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

@@ -14,10 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
+from tip_kernels.backends.choice import backend
 from tip_kernels.doctor import truth
 from tip_kernels.doctor.cases import Case, Compared, case
 from tip_kernels.doctor.checks import Check, NotHere
+from tip_kernels.learn import divergences
+from tip_kernels.learn.divergence_loss import divergence_loss
+from tip_kernels.measure.token_stats import token_stats
 
 WIDE = 17_011  # tokens: three parts of a row, each a program's, which the kernels merge
 
@@ -29,7 +32,7 @@ def _in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _compiled_measure(case: Case) -> Iterator[Compared]:
     _, student, teacher = case.logits.on(case.device)
-    ours = _in_graph(lambda z_s, z_t: tip.token_stats(z_s, z_t).kl_rev)(student, teacher)
+    ours = _in_graph(lambda z_s, z_t: token_stats(z_s, z_t).kl_rev)(student, teacher)
     found = case.logits.beside(lambda *z: _divergence(case, "ReverseKL", *z))
     yield Compared("kl_rev", ours, *(values[0] for values in found))
 
@@ -41,16 +44,16 @@ def _divergence(case: Case, name: str, z_s: Tensor, z_t: Tensor) -> Tensor:
 def _compiled_loss(name: str, part: slice, case: Case) -> Iterator[Compared]:
     """The value (part :1) or the gradient (1:) of a divergence in a graph."""
     leaves, student, teacher = case.logits.on(case.device, grad=True)
-    divergence = getattr(tip, name)(*truth.DIVERGENCES[name][0])
-    loss = _in_graph(lambda z_s, z_t: tip.divergence_loss(z_s, z_t, divergence=divergence))(student, teacher)
+    divergence = getattr(divergences, name)(*truth.DIVERGENCES[name][0])
+    loss = _in_graph(lambda z_s, z_t: divergence_loss(z_s, z_t, divergence=divergence))(student, teacher)
     loss.sum().backward()
     yield from case.logits.compared(loss, leaves, lambda *z: _divergence(case, name, *z))[part]
 
 
 def _kernel_stats(case: Case) -> Iterator[Compared]:
     _, student, teacher = case.logits.on(case.device)
-    with tip.backend("triton"):
-        stats = tip.token_stats(student, teacher, margins=True)
+    with backend("triton"):
+        stats = token_stats(student, teacher, margins=True)
     right, eager = (
         truth.statistics(*case.logits.logits([x.to(dtype) for x in case.logits.leaves]), case.labels, 1)
         for dtype in (torch.float64, torch.float32)
@@ -78,11 +81,11 @@ def _kernel_loss(name: str, part: slice, case: Case, **options: object) -> Itera
     """The value or the gradient of a divergence by kernels, its statistics by tiled torch."""
     leaves, student, teacher = case.logits.on(case.device, grad=True)
     logits = student.detach().clone() if options else None
-    with tip.backend("eager"):
-        stats = tip.token_stats(student, teacher)
-    divergence = getattr(tip, name)(*truth.DIVERGENCES[name][0])
-    with tip.backend("triton"):
-        loss = tip.divergence_loss(student, teacher, divergence=divergence, stats=stats, **options)
+    with backend("eager"):
+        stats = token_stats(student, teacher)
+    divergence = getattr(divergences, name)(*truth.DIVERGENCES[name][0])
+    with backend("triton"):
+        loss = divergence_loss(student, teacher, divergence=divergence, stats=stats, **options)
         loss.sum().backward()
     if logits is not None and torch.equal(student.detach(), logits):
         raise AssertionError("the gradient was not written into the logits")

@@ -36,12 +36,19 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-import tip_kernels as tip
 from tip_kernels._checks import finite_number
-from tip_kernels.compat._calls import head, jsd
 from tip_kernels.distillation import registry as names
+from tip_kernels.distillation.distill import distill
+from tip_kernels.distillation.options import Execution
+from tip_kernels.distillation.step_selection import StepSelection
 from tip_kernels.hooks.transformers import read, renamed
-from tip_kernels.select.rule import QuotaRule
+from tip_kernels.learn.divergences import JSD, Divergence
+from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import KeepAll, QuotaRule, Rule, Threshold
+from tip_kernels.select.tip import Overconfident, SampleEntropy, TopEntropy
+from tip_kernels.sources.from_models import head
+from tip_kernels.sources.pair import Head
 from tip_kernels.stats import LABEL_FIELDS, TokenStats
 
 RULES = (*names.RULES, "threshold", "adakd")
@@ -161,7 +168,7 @@ class TIPDistillationConfig(DistillationConfig):
         self.make_focus(), self.make_divergence()
         self.make_rule(1.0)
 
-    def make_rule(self, adakd_keep: float) -> tip.Rule:
+    def make_rule(self, adakd_keep: float) -> Rule:
         """The rule of one optimizer step; `adakd_keep` is AdaKD's share of it."""
         if self.tip_scope not in ("rollout", "batch"):
             raise ValueError(f"tip_scope: expected 'rollout' or 'batch', got {self.tip_scope!r}")
@@ -170,42 +177,42 @@ class TIPDistillationConfig(DistillationConfig):
         scope = "global" if self.tip_statistics == "step" else self.tip_scope
         if self.tip_rule == "adakd":
             return self._made(
-                "tip_min_rows", partial(tip.TopHellinger, adakd_keep, scope=scope, min_rows=self.tip_min_rows)
+                "tip_min_rows", partial(TopHellinger, adakd_keep, scope=scope, min_rows=self.tip_min_rows)
             )
         if self.tip_rule == "threshold":
             cuts = [self._read(f"tip_threshold_{side}", names.cut_of, optional=True) for side in ("above", "below")]
             if cuts == [None, None]:
                 raise ValueError("tip_threshold_above: expected a bound here or in tip_threshold_below, got None")
-            return self._made("tip_threshold_by", partial(tip.Threshold, self.tip_threshold_by, *cuts))
+            return self._made("tip_threshold_by", partial(Threshold, self.tip_threshold_by, *cuts))
         if self.tip_rule not in names.RULES:
             raise ValueError(f"tip_rule: expected one of {', '.join(RULES)}, got {self.tip_rule!r}")
         rule = names.RULES[self.tip_rule](self._read("tip_keep", names.keep_of), None)
-        if isinstance(rule, tip.Overconfident):
+        if isinstance(rule, Overconfident):
             cuts = {
                 name: self._read(f"tip_{name}", names.cut_of, optional=True)
                 for name in ("entropy_below", "divergence_above")
             }
             rule = replace(rule, **cuts)
-        if isinstance(rule, tip.SampleEntropy):
+        if isinstance(rule, SampleEntropy):
             powers = {"alpha": self.tip_alpha, "gamma": self.tip_gamma}
             rule = self._made("tip_alpha or tip_gamma", partial(replace, rule, **powers))
         if not isinstance(rule, QuotaRule):
             return rule
         return self._made("tip_min_rows", partial(replace, rule, scope=scope, min_rows=self.tip_min_rows))
 
-    def make_divergence(self) -> tip.Divergence:
+    def make_divergence(self) -> Divergence:
         """The loss on a kept token."""
         if self.tip_divergence is None:
-            return jsd("beta", self.beta)
+            return JSD(self.beta)  # which TRL has checked
         return self._read("tip_divergence", names.divergence_of)
 
-    def make_focus(self) -> tip.AdaptiveFocus | None:
+    def make_focus(self) -> AdaptiveFocus | None:
         """AdaKD's share of kept tokens, or None without it."""
         if self.tip_rule != "adakd":
             return None
         settings = ("beta", "tolerance", "step", "floor", "warmup", "reanchor")
         return self._made(
-            "tip_adakd_*", partial(tip.AdaptiveFocus, **{name: getattr(self, f"tip_adakd_{name}") for name in settings})
+            "tip_adakd_*", partial(AdaptiveFocus, **{name: getattr(self, f"tip_adakd_{name}") for name in settings})
         )
 
     def _read(self, name: str, reader: Any, *, optional: bool = False) -> Any:
@@ -264,12 +271,12 @@ class TIPDistillationTrainer(DistillationTrainer):
             )
         self.focus = args.make_focus()
         self._divergence = args.make_divergence()
-        self._select: tip.Rule | None = None  # of the current optimizer step
+        self._select: Rule | None = None  # of the current optimizer step
         self._sums: list[Tensor] = []  # of its micro-batches, on the device
         self._losses: list[Tensor] = []
-        self._measuring: tip.StepSelection | None = None  # while micro-batches are measured, and nothing is learned
+        self._measuring: StepSelection | None = None  # while micro-batches are measured, and nothing is learned
         self._measured = 0  # rollouts so far
-        self._heads: list[tip.Head] = []  # of the student and the teacher, in one loss call
+        self._heads: list[Head] = []  # of the student and the teacher, in one loss call
         self._router: Tensor | None = None  # the student's experts' own loss in it
         self._routers: list[Tensor] = []  # of the micro-batches
         if teacher_model is None:
@@ -327,7 +334,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         self._heads.append(found)
         return found.hidden
 
-    def make_rule(self) -> tip.Rule:
+    def make_rule(self) -> Rule:
         """The rule of the next optimizer step."""
         return self.args.make_rule(self.focus.keep if self.focus else 1.0)
 
@@ -355,7 +362,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         if self.focus:
             choice = self._adakd(temperature, scope="global", median_scope="global")
         choice = {name: choice[name] for name in ("select", "temperature", "temperature_sq") if name in choice}
-        step = tip.StepSelection(**choice, full_stats=not choice["select"].needs >= self._logged)
+        step = StepSelection(**choice, full_stats=not choice["select"].needs >= self._logged)
         self._measuring, self._measured = step, 0
         model = self.model_wrapped
         student = self.accelerator.unwrap_model(model)
@@ -370,7 +377,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         sizes = [part["select"].kept.mask.numel() for part in parts]
         columns = [getattr(step.stats, name).split(sizes) for name in sorted(self._logged)]
         for batch, part, *values in zip(self._buffered_inputs, parts, *columns, strict=True):
-            stats = tip.TokenStats(**dict(zip(sorted(self._logged), values, strict=True)))
+            stats = TokenStats(**dict(zip(sorted(self._logged), values, strict=True)))
             batch |= {"num_items_in_batch": count, "tip_part": part, "tip_stats": stats}
 
     @property
@@ -381,9 +388,9 @@ class TIPDistillationTrainer(DistillationTrainer):
     def _adakd(self, temperature: float, **how: Any) -> dict[str, Any]:
         assert self.focus is not None
         how |= {"strength": self.args.tip_adakd_strength, "median_of": self.args.tip_adakd_median_of}
-        return {**tip.adakd(self.focus, base=temperature, min_rows=self.args.tip_min_rows, **how)}
+        return {**adakd(self.focus, base=temperature, min_rows=self.args.tip_min_rows, **how)}
 
-    def _measure(self, step: tip.StepSelection, student: tip.Head, teacher: tip.Head, mask: Tensor) -> None:
+    def _measure(self, step: StepSelection, student: Head, teacher: Head, mask: Tensor) -> None:
         ids = None
         if self.args.tip_scope == "rollout":  # a number that no other rollout of the step has, on any device
             first = (self.accelerator.process_index << 40) + self._measured
@@ -465,7 +472,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         return loss, entropy_sum, count_trainable.long()
 
     def _learn(
-        self, student: tip.Head, teacher: tip.Head, mask: Tensor, inputs: dict[str, Any], temperature: float
+        self, student: Head, teacher: Head, mask: Tensor, inputs: dict[str, Any], temperature: float
     ) -> tuple[Tensor, Tensor]:
         """The sum of the kept tokens' losses, with its gradient, and (8,) float64 sums over the trainable tokens: one
         each, kept, that loss, the four quadrants, the student's entropy."""
@@ -473,31 +480,31 @@ class TIPDistillationTrainer(DistillationTrainer):
         choice = {"select": self._select, "row_mask": rows, "temperature": temperature}
         stats = inputs.get("tip_stats")  # of every token, where the step has been measured
         if not self.model.training:
-            choice["select"] = tip.KeepAll()
+            choice["select"] = KeepAll()
         elif stats is not None:
             choice = inputs["tip_part"]
         elif self.focus:
             choice = self._adakd(temperature, row_mask=rows, scope=self.args.tip_scope)
-        quadrants = self.args.tip_quadrants
+        shows_quadrants = self.args.tip_quadrants
         labels = (
             inputs["completion_ids"].to(mask.device).masked_fill(~mask, -100)
             if self._divergence.needs & LABEL_FIELDS
             else None
         )
-        out = tip.distill(
+        out = distill(
             student,
             teacher,
             **choice | {"normalizer": 1},
             divergence=self._divergence,
             labels=labels,
             workspace_mib=self.args.tip_workspace_mib,
-            execution=tip.Execution(full_stats=stats is None and not choice["select"].needs >= self._logged),
+            execution=Execution(full_stats=stats is None and not choice["select"].needs >= self._logged),
         )
         stats = stats or out.stats
         with torch.no_grad():
             flat = mask.flatten()
             kept = out.plan.kept_rows - out.plan.dropped_rows
-            quadrant = tip.quadrants(stats, row_mask=flat) if quadrants else torch.zeros_like(flat)
+            quadrant = quadrants(stats, row_mask=flat) if shows_quadrants else torch.zeros_like(flat)
             shares = [(quadrant == i).sum() for i in (1, 2, 3, 4)]
             entropies = torch.where(flat, stats.entropy_s, 0.0).sum()
             sums = [flat.sum(), kept, out.loss.detach(), *shares, entropies]
@@ -577,16 +584,16 @@ def _check_place(name: str, model: Any) -> None:
         )
 
 
-def count_is_known(rule: tip.Rule) -> bool:
+def count_is_known(rule: Rule) -> bool:
     """Whether masks alone say how many rows the rule keeps, NaN rows aside."""
-    return isinstance(rule, tip.KeepAll) or (isinstance(rule, QuotaRule) and rule.fills_quota)
+    return isinstance(rule, KeepAll) or (isinstance(rule, QuotaRule) and rule.fills_quota)
 
 
-def count_kept(rule: tip.Rule, mask: Tensor) -> Tensor:
+def count_kept(rule: Rule, mask: Tensor) -> Tensor:
     """() int64: how many rows of a (B, T) mask such a rule keeps."""
-    if isinstance(rule, tip.KeepAll):
+    if isinstance(rule, KeepAll):
         return mask.sum()
-    same_quota = tip.TopEntropy(rule.keep, scope=rule.scope, min_rows=rule.min_rows)
+    same_quota = TopEntropy(rule.keep, scope=rule.scope, min_rows=rule.min_rows)
     level = TokenStats(entropy_s=torch.zeros(mask.numel(), device=mask.device), _batch_shape=tuple(mask.shape))
     return same_quota(level, mask).mask.sum()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tip_kernels.inspect.objects import parse_object, read_object, read_text
 from tip_kernels.inspect.page import QUADRANTS
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 AXES = {"steps": "optimizer steps", "tokens": "tokens trained on", "seconds": "seconds of training"}
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7b00", "#666666")
@@ -128,21 +128,21 @@ def grouped(runs: list[Run]) -> list[Group]:
     for run in runs:
         shared = {name: value for name, value in run.settings.items() if name not in IGNORED}
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
-    settings = [members[0].settings for members in groups.values()]
+    differing = _differing([members[0].settings for members in groups.values()])
+    return [Group(_label(members[0], differing), members) for members in groups.values()]
+
+
+def _differing(settings: list[dict]) -> list[str]:
+    """The names of the settings in which groups differ; beside a preset that some have, the others' rule."""
     names = dict.fromkeys(name for one in settings for name in one if name not in IGNORED)
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
-    if "preset" in differing and "rule" not in differing:
-        differing.insert(0, "rule")
-    result = []
-    for members in groups.values():
-        one = members[0].settings
-        if one.get("preset"):
-            told = {name: one.get(name) for name in differing if name not in ("rule", "keep")}
-        else:
-            told = {name: one.get(name) for name in differing if name != "preset"}
-        label = ", ".join(f"{name} {value}" for name, value in told.items()) or members[0].name
-        result.append(Group(label, members))
-    return result
+    return ["rule", *differing] if "preset" in differing and "rule" not in differing else differing
+
+
+def _label(run: Run, differing: list[str]) -> str:
+    """The differing settings of a run's group; a preset stands for rule and keep. The run's name where none differs."""
+    left_out = ("rule", "keep") if run.settings.get("preset") else ("preset",)
+    return ", ".join(f"{name} {run.settings.get(name)}" for name in differing if name not in left_out) or run.name
 
 
 def figures(groups: list[Group]) -> list[dict]:
@@ -297,25 +297,32 @@ def draw_report(folder: Path, run: Run) -> None:
             _draw_lines(one, panel, axis)
     _save(figure, folder / "curves.png")
     figure, [[left, middle, right]] = _figure(1, 3)
-    shares = [Group(run.name, [run]).curve(f"q{q}") for q in (3, 1, 2, 4)]
-    if shares[0]["y"]:
-        colours = [QUADRANT_COLOURS[q] for q in (3, 1, 2, 4)]
-        labels = [f"Q{q} {QUADRANTS[q]}" for q in (3, 1, 2, 4)]
-        left.stackplot(
-            shares[0]["x"]["steps"], *([100 * y for y in c["y"]] for c in shares), colors=colours, labels=labels
-        )
-        left.legend(fontsize=7, loc="upper right", framealpha=0.9)
-    left.set(title="Tokens by quadrant, %", xlabel=AXES["steps"], ylim=(0, 100))
+    _draw_quadrants(left, run)
     if panel := _own_panel(run, "kept_mass"):
         _draw_lines(middle, panel, "steps")
     if panel := _histograms(run):
-        for series, move in zip(panel["series"], (-0.5, 0.5), strict=True):
-            width = series["x"][0]
-            places = [x + move * width * 0.9 for x in series["x"]]
-            right.bar(places, series["y"], width * 0.9, color=series["colour"], label=series["label"])
-        right.set(title="Entropy of the student, held-out", xlabel="nats", ylabel="share of tokens", yscale="log")
-        right.legend(fontsize=8)
+        _draw_histograms(right, panel)
     _save(figure, folder / "tokens.png")
+
+
+def _draw_quadrants(axes, run: Run) -> None:
+    order = (3, 1, 2, 4)
+    shares = [Group(run.name, [run]).curve(f"q{q}") for q in order]
+    if shares[0]["y"]:
+        colours, labels = [QUADRANT_COLOURS[q] for q in order], [f"Q{q} {QUADRANTS[q]}" for q in order]
+        percents = [[100 * y for y in curve["y"]] for curve in shares]
+        axes.stackplot(shares[0]["x"]["steps"], *percents, colors=colours, labels=labels)
+        axes.legend(fontsize=7, loc="upper right", framealpha=0.9)
+    axes.set(title="Tokens by quadrant, %", xlabel=AXES["steps"], ylim=(0, 100))
+
+
+def _draw_histograms(axes, panel: dict) -> None:
+    for series, move in zip(panel["series"], (-0.5, 0.5), strict=True):
+        width = series["x"][0]
+        places = [x + move * width * 0.9 for x in series["x"]]
+        axes.bar(places, series["y"], width * 0.9, color=series["colour"], label=series["label"])
+    axes.set(title="Entropy of the student, held-out", xlabel="nats", ylabel="share of tokens", yscale="log")
+    axes.legend(fontsize=8)
 
 
 def _own_panel(run: Run, column: str) -> dict | None:

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 
 def parse_object(text: str) -> dict:

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from torch import Tensor
 
 from tip_kernels.inspect.tokens import STATISTICS, TokenTable, Top
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 QUADRANTS = {1: "uncertain and wrong", 2: "uncertain, agrees", 3: "overconfident and wrong", 4: "solved"}
 _STATIC = Path(__file__).parent / "static"

@@ -19,18 +19,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
 from tip_kernels._checks import expect, flat_rows, is_int
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import Kept
+from tip_kernels.sources.from_models import likeliest
+from tip_kernels.sources.pair import rows_of
+from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import STATISTICS as MEASURED
+from tip_kernels.stats import TokenStats
 
 FORMAT = "tip-kernels tokens 1"
 SUFFIXES = (".safetensors", ".parquet")
@@ -69,11 +75,11 @@ class TokenTable:
     about: dict[str, str] = field(default_factory=dict)  # facts to show above the rollouts
 
     def quadrants(self, entropy: float = 0.3, divergence: float = 0.1) -> Tensor:
-        """(N,) int8 as `tip.quadrants`; 0 everywhere where entropy_s or kl_rev was not measured."""
+        """(N,) int8 as `quadrants`; 0 everywhere where entropy_s or kl_rev was not measured."""
         if not {"entropy_s", "kl_rev"} <= self.statistics.keys():
             return torch.zeros(len(self.text), dtype=torch.int8)
-        stats = tip.TokenStats(entropy_s=self.statistics["entropy_s"], kl_rev=self.statistics["kl_rev"])
-        return tip.quadrants(stats, entropy=entropy, divergence=divergence)
+        stats = TokenStats(entropy_s=self.statistics["entropy_s"], kl_rev=self.statistics["kl_rev"])
+        return quadrants(stats, entropy=entropy, divergence=divergence)
 
     def save(self, path: Path | str) -> None:
         """Write the table: Parquet where the name ends in .parquet, safetensors in .safetensors."""
@@ -107,44 +113,22 @@ class TokenTable:
     @classmethod
     def join(cls, tables: Sequence[TokenTable]) -> TokenTable:
         """One table after the other; a statistic that a table lacks is NaN there."""
-        names = list(dict.fromkeys(name for table in tables for name in table.statistics))
-        counts = [len(table.text) for table in tables]
-        strings, places = _Strings(), []
-        for table in tables:
-            places.append(torch.tensor([strings.place(text) for text in table.strings] + [-1]))
-
-        def column(pick, fill) -> Tensor:
-            return torch.cat([fill(n) if pick(t) is None else pick(t) for t, n in zip(tables, counts, strict=True)])
-
-        def top(pick) -> Top | None:
-            found = [pick(table) for table in tables]
-            widths = [entry.p.shape[1] for entry in found if entry is not None]
-            if not widths:
-                return None
-            ids = [torch.full((n, max(widths)), -1) for n in counts]
-            p = [torch.full((n, max(widths)), math.nan) for n in counts]
-            for i, entry in enumerate(found):
-                if entry is not None:
-                    ids[i][:, : entry.p.shape[1]] = places[i][entry.places]
-                    p[i][:, : entry.p.shape[1]] = entry.p
-            return Top(torch.cat(ids), torch.cat(p))
-
-        starts = [sum(len(table.rollouts) for table in tables[:i]) for i in range(len(tables))]
+        counts, strings = [len(table.text) for table in tables], _Strings()
+        places = [torch.tensor([*map(strings.place, table.strings), -1]) for table in tables]
+        names = dict.fromkeys(chain.from_iterable(table.statistics for table in tables))
+        starts = accumulate((len(table.rollouts) for table in tables), initial=0)
         return cls(
-            rollout=torch.cat([table.rollout + start for table, start in zip(tables, starts, strict=True)]),
-            text=[text for table in tables for text in table.text],
+            rollout=torch.cat([table.rollout + start for table, start in zip(tables, starts, strict=False)]),
+            text=list(chain.from_iterable(table.text for table in tables)),
             statistics={
-                name: column(lambda t, name=name: t.statistics.get(name), lambda n: torch.full((n,), math.nan))
-                for name in names
+                name: _joined([table.statistics.get(name) for table in tables], counts, math.nan) for name in names
             },
-            kept=None
-            if all(table.kept is None for table in tables)
-            else column(lambda t: t.kept, lambda n: torch.zeros(n, dtype=torch.bool)),
-            top_s=top(lambda t: t.top_s),
-            top_t=top(lambda t: t.top_t),
+            kept=_joined([table.kept for table in tables], counts, False),
+            top_s=_joined_tops([table.top_s for table in tables], counts, places),
+            top_t=_joined_tops([table.top_t for table in tables], counts, places),
             strings=strings.listed,
-            rollouts=[rollout for table in tables for rollout in table.rollouts],
-            about={key: value for table in tables for key, value in table.about.items()},
+            rollouts=list(chain.from_iterable(table.rollouts for table in tables)),
+            about=dict(chain.from_iterable(table.about.items() for table in tables)),
         )
 
     def _check_kinds(self) -> None:
@@ -168,21 +152,11 @@ class TokenTable:
         self.about = {name: str(value) for name, value in self.about.items()}
 
     def _check(self, path: Path) -> None:
+        """UsageError where columns do not fit each other."""
         n, many = len(self.text), len(self.rollouts)
         sizes = {"rollout": len(self.rollout)} | {name: len(values) for name, values in self.statistics.items()}
         sizes |= {"kept": n if self.kept is None else len(self.kept)}
-        for name, top in (("top_s", self.top_s), ("top_t", self.top_t)):
-            if top is not None:
-                ok = top.places.dim() == 2 and top.places.shape == top.p.shape
-                sizes[name] = len(top.places) if ok else -1
-                if (
-                    ok
-                    and top.places.numel()
-                    and not -1 <= int(top.places.min()) <= int(top.places.max()) < max(len(self.strings), 1)
-                ):
-                    raise UsageError(
-                        f"argument FILE: {path}: expected places of the {len(self.strings)} strings in {name}"
-                    )
+        sizes |= {"top_s": self._rows_of_top("top_s", path), "top_t": self._rows_of_top("top_t", path)}
         for name, size in sizes.items():
             if size != n:
                 raise UsageError(f"argument FILE: {path}: expected {n} rows in {name}, as in text, got {size}")
@@ -193,6 +167,19 @@ class TokenTable:
         steps = self.rollout.diff()
         if int(self.rollout[0]) < 0 or int(self.rollout[-1]) >= many or (steps.numel() and int(steps.min()) < 0):
             raise UsageError(f"argument FILE: {path}: expected rollout to ascend within 0 to {many - 1}")
+
+    def _rows_of_top(self, name: str, path: Path) -> int:
+        """How many rows a top list has, -1 for one of a wrong shape; UsageError where it points beside the strings."""
+        top: Top | None = getattr(self, name)
+        if top is None:
+            return len(self.text)
+        if top.places.dim() != 2 or top.places.shape != top.p.shape:
+            return -1
+        if top.places.numel():
+            least, most = (int(place) for place in top.places.aminmax())
+            if not -1 <= least <= most < max(len(self.strings), 1):
+                raise UsageError(f"argument FILE: {path}: expected places of the {len(self.strings)} strings in {name}")
+        return len(top.places)
 
     def _save_safetensors(self, path: Path) -> None:
         from safetensors.torch import save_file
@@ -225,14 +212,35 @@ class TokenTable:
         parquet.write_table(table.replace_schema_metadata({"about": json.dumps(self.about)}), path)
 
 
+def _joined(columns: list[Tensor | None], counts: list[int], fill: float | bool) -> Tensor | None:
+    """One column after the other, with fill for each that is missing; None if all are."""
+    if all(column is None for column in columns):
+        return None
+    return torch.cat([torch.full((n,), fill) if c is None else c for c, n in zip(columns, counts, strict=True)])
+
+
+def _joined_tops(tops: list[Top | None], counts: list[int], places: list[Tensor]) -> Top | None:
+    """One list after the other, as wide as the widest; places holds each table's in the strings of all, and -1."""
+    width = max((top.p.shape[1] for top in tops if top is not None), default=None)
+    if width is None:
+        return None
+    ids = [torch.full((n, width), -1) for n in counts]
+    p = [torch.full((n, width), math.nan) for n in counts]
+    for i, top in enumerate(tops):
+        if top is not None:
+            ids[i][:, : top.p.shape[1]] = places[i][top.places]
+            p[i][:, : top.p.shape[1]] = top.p
+    return Top(torch.cat(ids), torch.cat(p))
+
+
 def save_statistics(
     path: Path | str,
-    stats: tip.TokenStats,
+    stats: TokenStats,
     tokens: Tensor,
     tokenizer,
     *,
     row_mask: Tensor | None = None,
-    kept: tip.Kept | None = None,
+    kept: Kept | None = None,
     student=None,
     teacher=None,
     top_k: int = 5,
@@ -268,12 +276,12 @@ def save_statistics(
 
 @torch.no_grad()
 def table_of(
-    stats: tip.TokenStats,
+    stats: TokenStats,
     tokens: Tensor,
     tokenizer,
     *,
     row_mask: Tensor | None = None,
-    kept: tip.Kept | None = None,
+    kept: Kept | None = None,
     student=None,
     teacher=None,
     top_k: int = 5,
@@ -281,42 +289,51 @@ def table_of(
     workspace_mib: float = 256,
 ) -> TokenTable:
     """The table of what a loop has measured; arguments as in `save_statistics`."""
-    expect(isinstance(stats, tip.TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
+    expect(isinstance(stats, TokenStats), "stats", "TokenStats, as token_stats returns them", stats)
     ok = isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.dtype == torch.int64
     expect(ok, "tokens", "an int64 tensor of shape (B, T)", tokens)
-    shape, flat = tuple(tokens.shape), tokens.numel()
+    n_rollouts, flat = tokens.shape[0], tokens.numel()
     expect(is_int(top_k) and top_k >= 1, "top_k", "an int of at least 1", top_k)
-    measured = {
-        name: value for name in MEASURED if not name.startswith("lse") and (value := stats._get(name)) is not None
-    }
-    expect(bool(measured), "stats", "at least one measured statistic", stats)
-    for name, value in measured.items():
-        expect(value.numel() == flat, "stats", f"{name} of {flat} rows, as tokens have", value)
-    if row_mask is None:
-        rows = torch.ones(flat, dtype=torch.bool)
-    else:
-        rows = flat_rows("row_mask", row_mask, shape, (torch.bool,), row_mask.device).cpu()
+    measured = _measured(stats, flat)
+    rows = torch.ones(flat, dtype=torch.bool)
+    if row_mask is not None:
+        rows = flat_rows("row_mask", row_mask, tuple(tokens.shape), (torch.bool,), row_mask.device).cpu()
     if kept is not None:
         expect(kept.mask.numel() == flat, "kept", f"what a rule returned for {flat} rows", kept)
         measured["score"] = kept.scores
-    given = [dict(rollout) for rollout in rollouts] if rollouts is not None else [{} for _ in range(shape[0])]
-    expect(len(given) == shape[0], "rollouts", f"{shape[0]} mappings, as tokens have rows", len(given))
-    order = [name for name in STATISTICS if name in measured] + [n for n in measured if n not in STATISTICS]
-    ids, strings = tokens.cpu(), _Strings()
-    mask = rows.view(shape)
-    text = [piece for b in range(shape[0]) for piece in pieces(tokenizer, ids[b][mask[b]].tolist())]
-    naming: dict[int, int] = {}
-    tops = [_top(source, top_k, rows, tokenizer, strings, naming, workspace_mib) for source in (student, teacher)]
+    given = [{} for _ in range(n_rollouts)] if rollouts is None else [dict(rollout) for rollout in rollouts]
+    expect(len(given) == n_rollouts, "rollouts", f"{n_rollouts} mappings, as tokens have rows", len(given))
+    mask, strings, naming = rows.view(tokens.shape), _Strings(), {}
+    own = [ids[where].tolist() for ids, where in zip(tokens.cpu(), mask, strict=True)]
+    top_s, top_t = (
+        _top(source, top_k, rows, tokenizer, strings, naming, workspace_mib) for source in (student, teacher)
+    )
     return TokenTable(
-        rollout=torch.arange(shape[0]).repeat_interleave(mask.sum(1)),
-        text=text,
-        statistics={name: measured[name].float().cpu()[rows] for name in order},
+        rollout=torch.arange(n_rollouts).repeat_interleave(mask.sum(1)),
+        text=[piece for ids in own for piece in pieces(tokenizer, ids)],
+        statistics={name: value.float().cpu()[rows] for name, value in _in_order(measured).items()},
         kept=None if kept is None else kept.mask.cpu()[rows],
-        top_s=tops[0],
-        top_t=tops[1],
+        top_s=top_s,
+        top_t=top_t,
         strings=strings.listed,
         rollouts=given,
     )
+
+
+def _measured(stats: TokenStats, n_rows: int) -> dict[str, Tensor]:
+    """The statistics that are there, without normalizers."""
+    values = {name: stats._get(name) for name in MEASURED if not name.startswith("lse")}
+    measured = {name: value for name, value in values.items() if value is not None}
+    expect(bool(measured), "stats", "at least one measured statistic", stats)
+    for name, value in measured.items():
+        expect(value.numel() == n_rows, "stats", f"{name} of {n_rows} rows, as tokens have", value)
+    return measured
+
+
+def _in_order(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that have a name of their own on the page, as it shows them, then the others."""
+    first = {name: statistics[name] for name in STATISTICS if name in statistics}
+    return first | statistics
 
 
 class _Strings:
@@ -337,14 +354,11 @@ def _top(source, k: int, rows: Tensor, tokenizer, strings: _Strings, naming: dic
     """The k likeliest tokens of a source's rows; `naming` remembers the places of token ids."""
     if source is None:
         return None
-    if isinstance(source, tip.TopK):
+    if isinstance(source, TopK):
         listed = source.logp.float().flatten(0, -2).masked_fill(source.ids.flatten(0, -2) < 0, -math.inf)
         logp, order = listed.topk(min(k, listed.shape[1]), -1)
         ids = source.ids.flatten(0, -2).gather(1, order)
     else:
-        from tip_kernels.opd.pair import likeliest
-        from tip_kernels.sources.pair import rows_of
-
         found = likeliest(source, min(k, rows_of(source, "student").vocab), mib)
         ids, logp = found.ids.flatten(0, -2), found.logp.flatten(0, -2)
     ids, p = ids.cpu()[rows], logp.cpu()[rows].exp()
@@ -405,16 +419,18 @@ def _load_safetensors(path: Path) -> TokenTable:
             f"argument FILE: expected statistics that save_statistics wrote ({FORMAT}), got {path}, which holds"
             f" {metadata.get('format', 'something else')!r}"
         )
-    listed = {name: json.loads(metadata[name]) for name in ("strings", "text", "rollouts", "about")}
-    tops = {
-        name: Top(tensors[name].long(), tensors[f"{name}_p"].float()) if name in tensors else None
-        for name in ("top_s", "top_t")
-    }
+
+    def top(name: str) -> Top | None:
+        return Top(tensors[name].long(), tensors[f"{name}_p"].float()) if name in tensors else None
+
     statistics = {n.removeprefix("statistic."): t.float() for n, t in tensors.items() if n.startswith("statistic.")}
-    order = [n for n in STATISTICS if n in statistics] + [n for n in statistics if n not in STATISTICS]
-    kept = tensors["kept"].bool() if "kept" in tensors else None
     return TokenTable(
-        tensors["rollout"].long(), statistics={n: statistics[n] for n in order}, kept=kept, **tops, **listed
+        rollout=tensors["rollout"].long(),
+        statistics=_in_order(statistics),
+        kept=tensors["kept"].bool() if "kept" in tensors else None,
+        top_s=top("top_s"),
+        top_t=top("top_t"),
+        **{name: json.loads(metadata[name]) for name in ("strings", "text", "rollouts", "about")},
     )
 
 
@@ -433,45 +449,59 @@ def _load_parquet(path: Path) -> TokenTable:
         table = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
         raise UsageError(f"argument FILE: expected Parquet in {path}, got: {error}") from None
-    columns = {name: table.column(name) for name in table.column_names}
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
     if missing := [name for name in ("rollout", "text") if name not in columns]:
         raise UsageError(f"argument FILE: expected a column {missing[0]!r} in {path}, got {', '.join(columns)}")
-    ids, strings = columns["rollout"].to_pylist(), _Strings()
-    firsts = {rollout: i for i, rollout in reversed(list(enumerate(ids)))}
-    place = {rollout: i for i, rollout in enumerate(sorted(firsts, key=firsts.get))}
-    fields = {name: columns[name].to_pylist() for name in ROLLOUT_FIELDS if name in columns}
-    rollouts = [
-        {name: values[firsts[rollout]] for name, values in fields.items() if values[firsts[rollout]] is not None}
-        for rollout in place
-    ]
-    numeric = (arrow.types.is_floating, arrow.types.is_integer, arrow.types.is_boolean)
-    statistics = {
-        name: torch.tensor([math.nan if v is None else float(v) for v in column.to_pylist()])
-        for name, column in columns.items()
-        if name not in ("rollout", "text", "kept", "top_s", "top_t", *ROLLOUT_FIELDS)
-        and any(test(column.type) for test in numeric)
-    }
-
-    def top(name: str) -> Top | None:
-        if name not in columns or f"{name}_p" not in columns:
-            return None
-        texts, ps = columns[name].to_pylist(), columns[f"{name}_p"].to_pylist()
-        width = max((len(row) for row in texts if row), default=0)
-        places = [[-1 if s is None else strings.place(s) for s in row or []] for row in texts]
-        filled = [[math.nan if v is None else v for v in row or []] for row in ps]
-        pad = lambda rows, fill: [row + [fill] * (width - len(row)) for row in rows]  # noqa: E731
-        return Top(torch.tensor(pad(places, -1)), torch.tensor(pad(filled, math.nan)))
-
-    kept = torch.tensor([bool(v) for v in columns["kept"].to_pylist()]) if "kept" in columns else None
-    about = json.loads((table.schema.metadata or {}).get(b"about", b"{}"))
+    strings = _Strings()
+    rollout, rollouts = _rollouts_of(columns)
+    own = {"rollout", "text", "kept", "top_s", "top_t", *ROLLOUT_FIELDS}
     return TokenTable(
-        torch.tensor([place[rollout] for rollout in ids]),
-        [text or "" for text in columns["text"].to_pylist()],
-        statistics,
-        kept,
-        top("top_s"),
-        top("top_t"),
-        strings.listed,
-        rollouts,
-        about,
+        rollout=rollout,
+        text=[text or "" for text in columns["text"]],
+        statistics={name: _numbers(columns[name]) for name in _numeric(table.schema) if name not in own},
+        kept=torch.tensor([bool(value) for value in columns["kept"]]) if "kept" in columns else None,
+        top_s=_listed("top_s", columns, strings),
+        top_t=_listed("top_t", columns, strings),
+        strings=strings.listed,
+        rollouts=rollouts,
+        about=json.loads((table.schema.metadata or {}).get(b"about", b"{}")),
     )
+
+
+def _rollouts_of(columns: Mapping[str, list]) -> tuple[Tensor, list[dict]]:
+    """Which rollout each row is of, (N,) int64 in the order of their first rows, and what those rows say of them."""
+    place: dict[object, int] = {}
+    rollouts: list[dict] = []
+    for i, rollout in enumerate(columns["rollout"]):
+        if rollout not in place:
+            place[rollout] = len(place)
+            said = {name: columns[name][i] for name in ROLLOUT_FIELDS if name in columns}
+            rollouts.append({name: value for name, value in said.items() if value is not None})
+    return torch.tensor([place[rollout] for rollout in columns["rollout"]]), rollouts
+
+
+def _numeric(schema) -> list[str]:
+    """The names of the columns that hold numbers or truth values."""
+    from pyarrow import types
+
+    tests = (types.is_floating, types.is_integer, types.is_boolean)
+    return [field.name for field in schema if any(test(field.type) for test in tests)]
+
+
+def _numbers(column: list) -> Tensor:
+    """fp32, NaN for what is missing."""
+    return torch.tensor([math.nan if value is None else float(value) for value in column])
+
+
+def _listed(name: str, columns: Mapping[str, list], strings: _Strings) -> Top | None:
+    """The top lists of a column and of the one of their probabilities, as wide as the widest of them."""
+    if name not in columns or f"{name}_p" not in columns:
+        return None
+    width = max((len(row) for row in columns[name] if row), default=0)
+
+    def padded(column: list, read: Callable, fill: float) -> list[list]:
+        rows = [[fill if value is None else read(value) for value in row or []] for row in column]
+        return [row + [fill] * (width - len(row)) for row in rows]
+
+    places = torch.tensor(padded(columns[name], strings.place, -1))
+    return Top(places, torch.tensor(padded(columns[f"{name}_p"], float, math.nan)))

@@ -39,25 +39,31 @@ def divergence_loss(
 
         row_loss[i] = row_weights[r] * D(teacher[r], student[r])          r = kept.row_ids[i]
 
-    student, teacher  logits (N, V) or (B, T, V), or a Head; the teacher also a TopK. No gradient flows to the teacher
-    divergence        ReverseKL() unless given
-    kept              the rows to learn from, as a rule returned them; every row unless given
-    stats             token_stats of the same sources: its values and normalisers are reused where it was measured at
-                      this temperature and holds what the divergence needs; else the kept rows are measured again
-    temperature       a positive float, or a float tensor (N,) or (B, T); divides both models' logits
-    row_weights       float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller
-    grad_logits       how a student given as logits gets its gradient: "dense" (N, V); "compact", for an (N, V) leaf: a
-                      sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the
-                      logits' own storage, which then no longer holds logits. A Head takes "dense" only
-    workspace_mib     MiB that forward and backward may use beyond inputs, gradients and (N,) tensors; a Head's backward
-                      holds d(hidden) of the kept rows once more, in fp32
-
     The caller reduces. Gradients come in each leaf's dtype: logits are projected and gradients accumulated in fp32. A
     leaf that needs no gradient costs nothing; a row whose upstream gradient is 0 is left out of the sweep. A row whose
     divergence is infinite keeps it. Backward may run repeatedly (retain_graph), but not twice through itself. Reads
-    kept.row_ids, which synchronises on its first read.
+    kept.row_ids, which synchronises on its first read. Source of the gradients: learn/divergences.py.
 
-    Raises ValueError naming the argument. Source of the gradients: learn/divergences.py.
+    Args:
+        student: Logits (N, V) or (B, T, V), or a Head.
+        teacher: The same, or a TopK. No gradient flows to it.
+        divergence: ReverseKL() unless given.
+        kept: The rows to learn from, as a rule returned them; every row unless given.
+        stats: token_stats of the same sources: its values and normalisers are reused where it was measured at this
+            temperature and holds what the divergence needs; else the kept rows are measured again.
+        temperature: A positive float, or a float tensor (N,) or (B, T); divides both models' logits.
+        row_weights: float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller.
+        grad_logits: How a student given as logits gets its gradient: "dense" (N, V); "compact", for an (N, V) leaf: a
+            sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the logits' own
+            storage, which then no longer holds logits. A Head takes "dense" only.
+        workspace_mib: MiB that forward and backward may use beyond inputs, gradients and (N,) tensors; a Head's
+            backward holds d(hidden) of the kept rows once more, in fp32.
+
+    Returns:
+        (S,) fp32, in the order of kept.row_ids.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     divergence = ReverseKL() if divergence is None else divergence
     request = Request.checked(student, teacher, temperature=temperature, workspace_mib=workspace_mib, rows_follow=True)

@@ -55,10 +55,12 @@ class Divergence:
     One made outside of the package works everywhere by tiled torch; under torch.compile it is refused, since the ops of
     a graph hold names and numbers.
 
-    needs     the measured fields (or blends) that value and gradient read
-    sums      the names of the row sums that a two-pass divergence needs; () for a single-pass one
-    kernel    its name in the Triton backend, or None: tiled torch then makes the gradient, on a GPU too
-    params    the parameters that the kernel takes; the class makes the same divergence of them, see of_params
+    Attributes:
+        needs: The measured fields (or blends) that value and gradient read.
+        sums: The names of the row sums that a two-pass divergence needs; () for a single-pass one.
+        kernel: Its name in the Triton backend, or None: tiled torch then makes the gradient, on a GPU too.
+        params: The parameters that the kernel takes; the class makes the same divergence of them, see of_params.
+        max_per_row: The cap of a clipped one, or None.
     """
 
     needs: frozenset[str | Blend] = frozenset()
@@ -101,7 +103,14 @@ class Divergence:
         return ((1.0, self),)
 
     def clipped(self, max_per_row: float) -> Divergence:
-        """The same with each row's value capped at max_per_row, above which its gradient is 0."""
+        """The same with each row's value capped at max_per_row, above which its gradient is 0.
+
+        Args:
+            max_per_row: In nats, above 0.
+
+        Raises:
+            ValueError: Naming the argument.
+        """
         return WeightedSum(self.terms, finite_number("max_per_row", max_per_row, positive=True))
 
     def __add__(self, other: Divergence) -> Divergence:
@@ -184,7 +193,11 @@ class Jeffreys(Divergence):
 class JSD(Divergence):
     """w KL(t||M) + (1 - w) KL(s||M), M = w t + (1 - w) s: generalised Jensen-Shannon (GKD, arXiv 2306.13649).
 
-    teacher_weight  w in [0, 1]; 0 means ForwardKL and 1 ReverseKL, as in TRL
+    Args:
+        teacher_weight: w in [0, 1]; 0 means ForwardKL and 1 ReverseKL, as in TRL.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     teacher_weight: float = 0.5
@@ -230,7 +243,14 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """KL(t || a t + (1 - a) s), a in [0, 1); 0 means ForwardKL (DistiLLM, arXiv 2402.03898)."""
+    """KL(t || a t + (1 - a) s) (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        a: In [0, 1); 0 means ForwardKL.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
 
     a: float = 0.1
     kernel = "skew_forward_kl"
@@ -271,9 +291,14 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(s || (1 - a) t + a s), a in [0, 1); 0 means ReverseKL (DistiLLM, arXiv 2402.03898).
+    """KL(s || (1 - a) t + a s) (DistiLLM, arXiv 2402.03898).
 
-    detach_mixture  treats the mixture as a constant in the gradient (DistiLLM-2, arXiv 2503.07067)
+    Args:
+        a: In [0, 1); 0 means ReverseKL.
+        detach_mixture: Treats the mixture as a constant in the gradient (DistiLLM-2, arXiv 2503.07067).
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     a: float = 0.1
@@ -363,9 +388,15 @@ class HellingerSq(Divergence):
 
 @dataclass(frozen=True)
 class Renyi(Divergence):
-    """log(sum t^alpha s^(1-alpha)) / (alpha - 1), alpha > 0; 1 means ForwardKL.
+    """log(sum t^alpha s^(1-alpha)) / (alpha - 1).
 
     With alpha in (0, 1) its gradient is that of TAID (arXiv 2501.16937) at t = alpha.
+
+    Args:
+        alpha: Above 0; 1 means ForwardKL.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     alpha: float
@@ -405,7 +436,15 @@ class Renyi(Divergence):
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """-1/(ab) sum (t^a s^b - a/(a+b) t^(a+b) - b/(a+b) s^(a+b)), a and b above 0 (ABKD, arXiv 2505.04560)."""
+    """-1/(ab) sum (t^a s^b - a/(a+b) t^(a+b) - b/(a+b) s^(a+b)) (ABKD, arXiv 2505.04560).
+
+    Args:
+        a: Above 0.
+        b: Above 0.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
 
     a: float = 0.2
     b: float = 0.7
@@ -451,7 +490,11 @@ class ToDi(Divergence):
     Forward KL where the student underestimates a token, reverse KL where it overestimates one (arXiv 2505.16297; the
     released code has beta = 1). The value at beta = 1 is that of Jeffreys, at 0 half of it; the gradient is ToDi's own.
 
-    beta  at least 0
+    Args:
+        beta: At least 0.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     beta: float = 1.0
@@ -497,7 +540,11 @@ class SampledReverseKL(Divergence):
     What most on-policy loops run: an estimate of KL(s||t) from one token, for comparison. Needs labels (the sampled
     tokens); a row without one is NaN.
 
-    clip  caps k at +-clip, or None
+    Args:
+        clip: Caps k at +-clip, in nats above 0; None for no cap.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     clip: float | None = None

@@ -19,16 +19,23 @@ class GradFilter:
         |error of d(hidden)_i| <= w_i * (sum of |g| dropped of row i) * max_v |W_v - M|
         |error of d(weight)_v| <= tolerance * sum_i w_i |h_i|         |error of d(bias)_v| <= tolerance * sum_i w_i
 
-    tolerance  of the gradient of a row's loss with respect to its logits, before weights and the normaliser
-    share      of the entries of d(logits) that were left out of the products, after backward
-    mass       sum of |g| left out over sum of |g|, after backward
+    Args:
+        tolerance: Above 0, of the gradient of a row's loss with respect to its logits, before weights and the
+            normaliser.
+
+    Attributes:
+        share: Of the entries of d(logits), those left out of the products, after backward.
+        mass: Sum of |g| left out over sum of |g|, after backward.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     tolerance: float
-    entries: int = field(default=0, repr=False)
-    skipped: int = field(default=0, repr=False)
-    total: float = field(default=0.0, repr=False)
-    dropped: float = field(default=0.0, repr=False)
+    entries: int = field(default=0, init=False, repr=False)
+    skipped: int = field(default=0, init=False, repr=False)
+    total: float = field(default=0.0, init=False, repr=False)
+    dropped: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         finite_number("tolerance", self.tolerance, positive=True)

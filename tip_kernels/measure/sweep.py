@@ -94,38 +94,14 @@ def _walk(
     record: list[Tensor | None] | None,
 ) -> Fields:
     """The statistics of rows, walked block by block and tile by tile. labels and temperature are those of the rows."""
-    n_rows, n_models, topk = pair.n_rows if rows is None else rows.numel(), len(pair.sources), pair.topk
-    blends = frozenset([name for name in want if isinstance(name, Blend)])
-    lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and (not triton or pair.shard)))
-    row_words = n_models * LIST_WORDS * max(top_k, 2) if lists else 0
-    tiling = pair.tiling(n_rows, workspace, 15 if lists else 6, whole_parts=triton, row_words=row_words)
-    eager = topk is None and (not triton or blends)
-    folded = blends if triton else want
-    fold = online.Fold(tiling.rows, tiling.columns, n_models, folded, pair.device) if eager else None
-
-    def accumulators(ids: Tensor | slice, n: int, labels: Tensor | None, tau: float | Tensor) -> list[Accumulator]:
-        """Those of one block: what may overwrite a tile comes last, and what reads others' fields before them."""
-        found: list[Accumulator] = [TopLists(n, pair.sources, want, top_k, tau)] if lists else []
-        if labels is not None:
-            found.append(LabelLogits(labels, pair.student, n_models, tau))
-        if triton:
-            found.append(TritonMoments(n, pair.student, tau, n_models == 2, bool(want & MARGIN_FIELDS) and not lists))
-        if topk is not None:
-            found.append(ListedMoments(topk.ids[ids], tiling.columns, pair.vocab, want))
-        if fold is not None:
-            found.append(EagerMoments(fold, tau))
-        return found
-
+    made = _Accumulators(pair, want, pair.n_rows if rows is None else rows.numel(), top_k, workspace, triton)
     done: list[Fields] = []
     pending: Callable[[], Fields] | None = None
-    for part in tiling.parts or [slice(0, 0)]:
+    for part in made.tiling.parts or [slice(0, 0)]:
         ids = part if rows is None else rows[part]
-        tau = temperature[part] if isinstance(temperature, Tensor) else temperature
-        found = accumulators(ids, part.stop - part.start, None if labels is None else labels[part], tau)
-        copies: list[Tensor | None] = [None] * n_models
-        for i, z in enumerate(record or ()):
-            copies[i] = None if z is None else z[part]
-        for v0, tiles, scratch in tiling.walk(pair.blocks(ids), copies):
+        copies = _copies(record, len(pair.sources), part)
+        found = made.of(part, ids, labels, temperature)
+        for v0, tiles, scratch in made.tiling.walk(pair.blocks(ids), copies):
             for accumulator in found:
                 accumulator.add(tiles, v0, scratch)
         states: list[State] = []
@@ -138,6 +114,51 @@ def _walk(
     if pending is not None:
         done.append(pending())
     return done[0] if len(done) == 1 else {name: torch.cat([fields[name] for fields in done]) for name in done[0]}
+
+
+class _Accumulators:
+    """How rows are cut into blocks and tiles, and what each block is to gather."""
+
+    def __init__(
+        self, pair: Pair, want: frozenset[str | Blend], n_rows: int, top_k: int, workspace: int, triton: bool
+    ) -> None:
+        self.pair, self.want, self.top_k, self.triton = pair, want, top_k, triton
+        self.n_models = len(pair.sources)
+        blends = frozenset([name for name in want if isinstance(name, Blend)])
+        self.lists = bool(want & TOP_FIELDS or (want & MARGIN_FIELDS and (not triton or pair.shard)))
+        row_words = self.n_models * LIST_WORDS * max(top_k, 2) if self.lists else 0
+        buffers = 15 if self.lists else 6
+        self.tiling = pair.tiling(n_rows, workspace, buffers, whole_parts=triton, row_words=row_words)
+        self.fold = None
+        if pair.topk is None and (not triton or blends):
+            folded = blends if triton else want
+            self.fold = online.Fold(self.tiling.rows, self.tiling.columns, self.n_models, folded, pair.device)
+
+    def of(
+        self, part: slice, ids: Tensor | slice, labels: Tensor | None, temperature: float | Tensor
+    ) -> list[Accumulator]:
+        """Those of one block: what may overwrite a tile comes last, and what reads others' fields before them."""
+        n, pair, want = part.stop - part.start, self.pair, self.want
+        tau = temperature[part] if isinstance(temperature, Tensor) else temperature
+        found: list[Accumulator] = [TopLists(n, pair.sources, want, self.top_k, tau)] if self.lists else []
+        if labels is not None:
+            found.append(LabelLogits(labels[part], pair.student, self.n_models, tau))
+        if self.triton:
+            margins = bool(want & MARGIN_FIELDS) and not self.lists
+            found.append(TritonMoments(n, pair.student, tau, self.n_models == 2, margins))
+        if pair.topk is not None:
+            found.append(ListedMoments(pair.topk.ids[ids], self.tiling.columns, pair.vocab, want))
+        if self.fold is not None:
+            found.append(EagerMoments(self.fold, tau))
+        return found
+
+
+def _copies(record: list[Tensor | None] | None, n_models: int, part: slice) -> list[Tensor | None]:
+    """Where a block's logits of each source are to be copied."""
+    copies: list[Tensor | None] = [None] * n_models
+    for i, z in enumerate(record or ()):
+        copies[i] = None if z is None else z[part]
+    return copies
 
 
 def _finished(accumulators: list[Accumulator], merged: Callable[[], list[list[State]]]) -> Fields:

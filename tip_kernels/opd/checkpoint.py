@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tip_kernels.inspect.objects import parse_object, read_object, read_text
-from tip_kernels.opd import UsageError, disk
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.opd import disk
 from tip_kernels.opd.options import parser
 from tip_kernels.opd.origin import origin_of
 from tip_kernels.opd.settings import MAY_CHANGE, Settings

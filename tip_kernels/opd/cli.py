@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tip_kernels.opd import UsageError, install
+from tip_kernels.inspect.usage import UsageError, install, pick_device
 from tip_kernels.opd.options import parser
 from tip_kernels.opd.settings import MODELS, Settings
 
@@ -53,20 +53,6 @@ class Interrupt:
         self.asked = True
         if self.ranks.writes:
             print("\ntip-kernels opd: finishing this step; Ctrl-C again stops at once", file=sys.stderr)
-
-
-def pick_device(name: str):
-    """The torch device called `name`, if this machine has it."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"argument --device: expected auto, cpu, or a device of this machine, got {name!r}") from None
-    return device
 
 
 def check_preset(given: dict, stored: dict) -> None:

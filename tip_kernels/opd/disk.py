@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 LOCK = "run.lock"
 

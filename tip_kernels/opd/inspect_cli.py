@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tip_kernels.opd import UsageError, install
-from tip_kernels.opd.options import Parser, keep_of, positive, whole
+from tip_kernels.inspect.usage import Parser, UsageError, install, pick_device
+from tip_kernels.opd.options import keep_of, positive, whole
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
 INSPECT = """\
@@ -67,46 +67,63 @@ MODEL_OPTIONS = ("prompts", "rule", "keep", "temperature", "max_new_tokens", "se
 def inspect(options: dict) -> int:
     """One page; returns the exit code."""
     from tip_kernels.inspect import page
-    from tip_kernels.inspect.tokens import SUFFIXES, TokenTable
     from tip_kernels.opd.disk import writing
 
     files = [Path(name) for name in options.get("files", [])]
+    _check(options, files)
+    say = (lambda line: None) if options.get("quiet") else (lambda line: print(line, file=sys.stderr, flush=True))
+    table = _table(options, files, say)
+    if "save" in options:
+        with writing(save := Path(options["save"]), "--save"):
+            table.save(save)
+        say(f"statistics in {options['save']}")
+    title = " and ".join(dict.fromkeys(map(_name, files))) or "{student} beside {teacher}".format(**table.about)
+    cuts = {name: options[name] for name in ("entropy", "divergence") if name in options}
+    table.about |= {"rollouts": f"{len(table.rollouts):,}", "tokens": f"{len(table.text):,}"}
+    output = Path(options.get("output", _default_page(files)))
+    page.write(output, page.inspect_page(table, f"{title}: which tokens matter", **cuts))
+    say(f"page in {output}")
+    if options.get("json"):
+        print(json.dumps({"output": str(output)} | _counts(table, cuts)), flush=True)
+    return 0
+
+
+def _check(options: dict, files: list[Path]) -> None:
+    """UsageError where options do not go together, before anything is loaded."""
+    from tip_kernels.inspect.tokens import SUFFIXES
+
     pair = [name for name in ("teacher", "student", "task", "chat") if name in options]
     if files and pair:
         raise UsageError(f"argument --{pair[0]}: expected none beside a FILE, got {options[pair[0]]!r}")
     if not files and not {"teacher", "student"} <= options.keys():
         raise UsageError("argument FILE: expected a run, a file of statistics, or --teacher and --student, got nothing")
-    stored = [path for path in files if not path.is_dir()]
-    if files and len(stored) == len(files) and (wrong := [n for n in MODEL_OPTIONS if n in options]):
+    runs = [path for path in files if path.is_dir()]
+    if files and not runs and (wrong := [n for n in MODEL_OPTIONS if n in options]):
         option = wrong[0].replace("_", "-")
         raise UsageError(f"argument --{option}: expected none where FILE holds statistics, got {options[wrong[0]]!r}")
     if (save := Path(options.get("save", "x.parquet"))).suffix not in SUFFIXES:  # would not be read again
         raise UsageError(f"argument --save: expected a name in .safetensors or .parquet, got {str(save)!r}")
-    output = Path(options.get("output", _default_page(files)))
-    say = (lambda line: None) if options.get("quiet") else (lambda line: print(line, file=sys.stderr, flush=True))
-    tables = [
-        _labelled(TokenTable.load(f), f, files) if f in stored else _of_run(f, options, files, say) for f in files
-    ]
+
+
+def _table(options: dict, files: list[Path], say: Callable[[str], None]):
+    """What the files hold, or the pair's rollouts, as one table."""
+    from tip_kernels.inspect.tokens import TokenTable
+
     if not files:
-        tables = [_of_pair(options, say)]
-    table = TokenTable.join(tables)
-    if "save" in options:
-        with writing(save, "--save"):
-            table.save(save)
-        say(f"statistics in {options['save']}")
-    title = " and ".join(dict.fromkeys(_name(path) for path in files)) or "{student} beside {teacher}".format(
-        **table.about
-    )
-    cuts = {name: options[name] for name in ("entropy", "divergence") if name in options}
-    table.about |= {"rollouts": f"{len(table.rollouts):,}", "tokens": f"{len(table.text):,}"}
-    page.write(output, page.inspect_page(table, f"{title}: which tokens matter", **cuts))
-    say(f"page in {output}")
-    if options.get("json"):
-        counts = table.quadrants(**cuts).long().bincount(minlength=5).tolist()
-        result = {"output": str(output), "rollouts": len(table.rollouts), "tokens": len(table.text)}
-        result |= {"kept": None if table.kept is None else int(table.kept.sum())}
-        print(json.dumps(result | {f"q{q}": counts[q] for q in (1, 2, 3, 4)}), flush=True)
-    return 0
+        return _of_pair(options, say)
+    tables = [
+        _of_run(path, options, files, say) if path.is_dir() else _labelled(TokenTable.load(path), path, files)
+        for path in files
+    ]
+    return TokenTable.join(tables)
+
+
+def _counts(table, cuts: dict[str, float]) -> dict[str, int | None]:
+    """What --json says of a table; cuts are the quadrants' lines."""
+    counts = table.quadrants(**cuts).long().bincount(minlength=5).tolist()
+    found = {"rollouts": len(table.rollouts), "tokens": len(table.text)}
+    found |= {"kept": None if table.kept is None else int(table.kept.sum())}
+    return found | {f"q{q}": counts[q] for q in (1, 2, 3, 4)}
 
 
 def _default_page(files: list[Path]) -> Path:
@@ -169,7 +186,6 @@ def _observe(
 ):
     """Rollouts by the settings' student, or by a later state of it, under the options' changes to the settings."""
     from tip_kernels.distillation.registry import RULES
-    from tip_kernels.opd import cli
     from tip_kernels.opd.observe import observe
     from tip_kernels.opd.origin import source_of
     from tip_kernels.opd.pair import load_pair
@@ -182,7 +198,7 @@ def _observe(
     if {"rule", "keep"} & changes.keys():
         changes["preset"] = None
     settings = replace(settings, **changes)
-    device = cli.pick_device(settings.device)
+    device = pick_device(settings.device)
     task = load_task(settings.task, settings.eval_prompts)
     pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, student)
     loop = Loop(settings, pair, task, device)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-import tip_kernels as tip
 from tip_kernels.inspect.tokens import TokenTable, table_of
+from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.opd.train import Loop, response_head
 
 TOP_K = 5
@@ -27,7 +27,7 @@ def observe(loop: Loop, prompts: int, group: str | None, said: Callable[[int], N
         student = response_head(loop.pair.student, rollouts)
         teacher = loop.teacher(rollouts)
         labels = torch.where(rollouts.mask, rollouts.completions, -100)
-        stats = tip.token_stats(student, teacher, labels=labels, workspace_mib=settings.workspace_mib)
+        stats = token_stats(student, teacher, labels=labels, workspace_mib=settings.workspace_mib)
         kept = loop.choice(rollouts.mask)["select"](stats, rollouts.mask)
         right = loop.judge(rollouts, range(first, first + len(encoded))) if task.judge else [None] * len(encoded)
         facts = [

@@ -8,20 +8,13 @@ from collections.abc import Callable
 
 from tip_kernels.distillation import registry as names
 from tip_kernels.distillation.registry import CLASSES, DIVERGENCES, RULES
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import Parser
 from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 
 DESCRIPTION = """\
 On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
 matter, and the student learns from those only. Without options a packaged student that adds wrongly learns from a
 packaged teacher, in about a minute on two CPU cores."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str):
-        raise UsageError(message)
 
 
 def keep_of(text: str) -> float | int:

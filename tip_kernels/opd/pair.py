@@ -15,12 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import tip_kernels as tip
 from tip_kernels.hooks.transformers import head_of
-from tip_kernels.opd import UsageError, smollm2, weights
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.opd import smollm2, weights
 from tip_kernels.opd.rollout import sample
-from tip_kernels.sources.pair import rows_of
-from tip_kernels.sources.topk import TopK
+from tip_kernels.sources.pair import Head
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Side:
         """How many tokens the head tells apart."""
         return self.vocab_size or self.model.get_output_embeddings().weight.shape[0]
 
-    def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> tip.Head:
+    def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> Head:
         """The logits from place `first` on, unformed; tokens (B, T) are left-padded, attention (B, T) is 0 there."""
         positions = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if self.takes_positions else {}
         return head_of(
@@ -47,23 +46,6 @@ class Side:
             logits_to_keep=slice(first, None),
             **positions,
         )
-
-
-@torch.no_grad()
-def likeliest(head: tip.Head, k: int, workspace_mib: float) -> TopK:
-    """The k likeliest tokens of each row with their log-probabilities: what a serving engine would return.
-
-    Logits and log-probabilities of some rows at a time, within `workspace_mib`, at least one row.
-    """
-    rows = rows_of(head, "teacher")
-    block = max(1, int(workspace_mib * 2**20) // (8 * rows.vocab))
-    ids = torch.empty(rows.n_rows, k, dtype=torch.int64, device=rows.device)
-    logp = torch.empty(rows.n_rows, k, device=rows.device)
-    for first in range(0, rows.n_rows, block):
-        part = slice(first, min(first + block, rows.n_rows))
-        logits = torch.empty(part.stop - first, rows.vocab, device=rows.device)
-        torch.topk(rows.block(part).tile(0, rows.vocab, logits).log_softmax(-1), k, out=(logp[part], ids[part]))
-    return TopK(ids.view(*rows.batch_shape, k), logp.view(*rows.batch_shape, k))
 
 
 @dataclass(frozen=True)

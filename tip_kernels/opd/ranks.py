@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tip_kernels.distributed import collectives
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 Found = TypeVar("Found")
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tip_kernels as tip
 from tip_kernels.distillation.registry import RULES, cut_of, divergence_of
 
 if TYPE_CHECKING:
     import torch
+
+    from tip_kernels.select.adakd import AdaptiveFocus
+    from tip_kernels.select.rule import Rule
 
 PRESETS = ("adakd",)
 MODELS = {  # --model NAME: what it means where nothing else was typed
@@ -71,7 +73,7 @@ class Settings:
     eval_every: int = 10
     workspace_mib: float = 256.0
 
-    def make_rule(self, generator: torch.Generator) -> tip.Rule:
+    def make_rule(self, generator: torch.Generator) -> Rule:
         """The selection rule, which draws from `generator` where it draws at all."""
         from tip_kernels.select.rule import QuotaRule
 
@@ -88,8 +90,8 @@ class Settings:
         """Whether the divergence reads the sampled tokens, not distributions alone."""
         return bool(divergence_of(self.divergence).needs & {"logp_s", "logp_t"})
 
-    def make_focus(self) -> tip.AdaptiveFocus | None:
+    def make_focus(self) -> AdaptiveFocus | None:
         """AdaKD's ratio of kept rows; it starts to move when the learning rate has risen, whatever --steps says."""
-        return (
-            tip.AdaptiveFocus(warmup=self.warmup, reanchor=self.reanchor or "paper") if self.preset == "adakd" else None
-        )
+        from tip_kernels.select.adakd import AdaptiveFocus
+
+        return AdaptiveFocus(warmup=self.warmup, reanchor=self.reanchor or "paper") if self.preset == "adakd" else None

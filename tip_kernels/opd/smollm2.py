@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tip_kernels.opd import UsageError, install
+from tip_kernels.inspect.usage import UsageError, install
 
 NEEDED = ("gguf", "accelerate")  # by transformers, to read GGUF
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tip_kernels.opd import UsageError, addition, install
+from tip_kernels.inspect.usage import UsageError, install
+from tip_kernels.opd import addition
 
 SPLIT_SEED = 20260414
 GYM_SIZE = 4096

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Protocol
 
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 PROJECT = "tip-kernels"
 

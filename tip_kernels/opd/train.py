@@ -21,17 +21,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import tip_kernels as tip
+from tip_kernels.distillation.distill import Distilled, distill
+from tip_kernels.distillation.options import Execution
 from tip_kernels.distillation.registry import divergence_of
-from tip_kernels.opd import UsageError
-from tip_kernels.opd.pair import Pair, Side, likeliest
+from tip_kernels.distillation.step_selection import StepSelection
+from tip_kernels.inspect.usage import UsageError
+from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.opd.pair import Pair, Side
 from tip_kernels.opd.ranks import Ranks
 from tip_kernels.opd.rollout import Rollouts, sample
 from tip_kernels.opd.settings import Settings
 from tip_kernels.opd.task import Task
 from tip_kernels.select.adakd import adakd
-from tip_kernels.select.rule import spans_ranks
+from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rule import Kept, spans_ranks
+from tip_kernels.sources.from_models import likeliest
+from tip_kernels.sources.pair import Head
 from tip_kernels.sources.topk import TopK
+from tip_kernels.stats import TokenStats
 
 CLIP = 1.0  # largest gradient norm
 BINS = 40  # of the entropy histogram
@@ -134,15 +141,15 @@ class Loop:
         prompts = self.pair.encode(drawn[self.ranks.rank :: self.ranks.count], self.settings.chat)
         return self.complete(prompts, self.seed("rollouts"), self.settings.rollouts_per_prompt)
 
-    def distil(self, rollouts: Rollouts) -> tip.Distilled:
+    def distil(self, rollouts: Rollouts) -> Distilled:
         """Both models over the rollouts, the choice of tokens, and the loss on them."""
-        return tip.distill(
+        return distill(
             response_head(self.student, rollouts),
             self.teacher(rollouts),
             divergence=self.divergence,
             labels=self.labels(rollouts),
             workspace_mib=self.settings.workspace_mib,
-            execution=tip.Execution(full_stats=True),  # the log shows every token's quadrant, whatever the rule reads
+            execution=Execution(full_stats=True),  # the log shows every token's quadrant, whatever the rule reads
             **self.choice(rollouts.mask),
         )
 
@@ -186,7 +193,7 @@ class Loop:
         """The same in micro-batches: all are measured, tokens chosen over the step, and each is learned from."""
         choice = self.choice(rollouts.mask)
         settings = {name: choice[name] for name in ("temperature", "temperature_sq") if name in choice}
-        step = tip.StepSelection(choice["select"], full_stats=True, **settings)
+        step = StepSelection(choice["select"], full_stats=True, **settings)
         ids = choice.get("rollout_ids")
         ids = [None] * len(parts) if ids is None else ids.split([len(part.mask) for part in parts])
         teachers = [self.teacher(part) for part in parts]
@@ -199,11 +206,11 @@ class Loop:
         sums = Sums(*self.ranks.total(list(Sums.of(step.stats, step.kept, 0, 0.0, rollouts))))
         self._expect_numbers(sums.kl, math.isfinite(sums.entropy))
         kept, used = int(sums.kept), 0.0
-        outs: list[tip.Distilled] = []
+        outs: list[Distilled] = []
 
         def losses() -> Iterator[Tensor]:
             for part, teacher, own in zip(parts, teachers, chosen, strict=True):
-                out = tip.distill(
+                out = distill(
                     response_head(self.student, part),
                     teacher,
                     divergence=self.divergence,
@@ -224,12 +231,12 @@ class Loop:
         return sums, loss * kept / max(used, 1.0), norm
 
     @torch.no_grad()
-    def no_graph_head(self, rollouts: Rollouts) -> tip.Head:
+    def no_graph_head(self, rollouts: Rollouts) -> Head:
         """The student over the rollouts, to be measured alone."""
         return response_head(self.pair.student, rollouts)
 
     @torch.no_grad()
-    def teacher(self, rollouts: Rollouts) -> tip.Head | TopK:
+    def teacher(self, rollouts: Rollouts) -> Head | TopK:
         """The teacher at every place of the completions: its head, or its likeliest tokens alone."""
         side, settings = self.pair.teacher, self.settings
         head = response_head(side, rollouts)
@@ -301,7 +308,7 @@ class Loop:
             rollouts = self.complete([self.held_out[i] for i in indices])
             heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
             student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
-            stats = tip.token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
+            stats = token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
             nats += stats.kl_rev.double().sum().item()
             rows += len(student.hidden)
             counts += _histogram(stats.entropy_s, top)
@@ -350,7 +357,7 @@ class Loop:
                 return
 
 
-def response_head(side: Side, rollouts: Rollouts) -> tip.Head:
+def response_head(side: Side, rollouts: Rollouts) -> Head:
     """The head over hidden states (B, L, H), each the one that predicts the completion's token at its place."""
     return side.head(rollouts.tokens[:, :-1], rollouts.attention[:, :-1], first=rollouts.prompt_width - 1)
 
@@ -382,10 +389,10 @@ class Sums(NamedTuple):
         return self[-4:]
 
     @classmethod
-    def of(cls, stats: tip.TokenStats, kept: tip.Kept, used: int, loss: float, rollouts: Rollouts) -> Sums:
+    def of(cls, stats: TokenStats, kept: Kept, used: int, loss: float, rollouts: Rollouts) -> Sums:
         rows = rollouts.mask.flatten()
         finite_kl, kept_kl = _kl_sums(stats, kept, rollouts.mask)
-        quadrants = torch.bincount(tip.quadrants(stats, row_mask=rows)[rows].long(), minlength=5)
+        counts = torch.bincount(quadrants(stats, row_mask=rows)[rows].long(), minlength=5)
         return cls(
             int(rows.sum()),
             int(kept.mask.sum()),
@@ -398,16 +405,16 @@ class Sums(NamedTuple):
             kept_kl,
             int(rollouts.ended.sum()),
             rollouts.ended.numel(),
-            *quadrants.tolist()[1:],
+            *counts.tolist()[1:],
         )
 
 
-def _used(out: tip.Distilled) -> int:
+def _used(out: Distilled) -> int:
     """How many kept tokens have a finite loss."""
     return int(out.plan.kept_rows - out.plan.dropped_rows)
 
 
-def _kl_sums(stats: tip.TokenStats, kept: tip.Kept, mask: Tensor) -> tuple[float, float]:
+def _kl_sums(stats: TokenStats, kept: Kept, mask: Tensor) -> tuple[float, float]:
     """KL(student || teacher) over the tokens and over the kept ones; where it is infinite or unknown it is left out."""
     kl = stats.kl_rev.double()
     kl = torch.where(mask.flatten() & kl.isfinite(), kl, 0.0)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tip_kernels.inspect.objects import read_object
-from tip_kernels.opd import UsageError
+from tip_kernels.inspect.usage import UsageError
 
 OWN = {"local_files_only": True, "trust_remote_code": False}  # no code of the folder's, and no question
 WEIGHTS = "model.safetensors"

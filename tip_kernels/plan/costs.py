@@ -20,6 +20,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def this_cpu(width: int, repeats: int = 15) -> Device:
     return Device("cpu", 2 * rows * columns * width / product, touch / tile.numel(), fresh / matrix.numel(), kind="cpu")
 
 
-def _least(run: object, repeats: int) -> float:
+def _least(run: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -262,12 +263,23 @@ def main(argv: list[str]) -> int:
     """`tip-kernels plan`: prints the table."""
     options = parser()
     args = options.parse_args(argv)
+    link = _checked(options, args)
+    device = GPUS[args.gpu] if args.gpu else this_cpu(args.hidden_s)
+    if args.world is None:
+        _print_costs(args, device)
+    else:
+        _print_ranks(args, device, link)
+    return 0
+
+
+def _checked(options: argparse.ArgumentParser, args: argparse.Namespace) -> float:
+    """Ends with a usage error where an argument is wrong; returns the GB/s of the link."""
     for name in ("tokens", "vocab", "hidden_s", "hidden_t"):
         if getattr(args, name) < 1:
             options.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not 0 < args.keep <= 1:
         options.error(f"argument --keep: expected a fraction in (0, 1], got {args.keep}")
-    if not 1 <= args.workspace_mib < float("inf"):
+    if not 1 <= args.workspace_mib < math.inf:
         options.error(f"argument --workspace-mib: expected a number of MiB, at least 1, got {args.workspace_mib}")
     world = 1 if args.world is None else args.world
     if world < 1:
@@ -282,10 +294,10 @@ def main(argv: list[str]) -> int:
     link = _gbps(args.link or "ndr")
     if not 0 < link < math.inf:
         options.error(f"argument --link: expected {', '.join(LINKS_GBPS)}, or a number of GB/s, got {args.link}")
-    device = GPUS[args.gpu] if args.gpu else this_cpu(args.hidden_s)
-    if args.world is not None:
-        _print_ranks(args, device, link)
-        return 0
+    return link
+
+
+def _print_costs(args: argparse.Namespace, device: Device) -> None:
     table = costs(
         args.tokens,
         args.vocab,
@@ -306,7 +318,6 @@ def main(argv: list[str]) -> int:
             f"{c.strategy:<26} {c.units:>6.2f} {c.tflop:>9.3f} {c.touched_gib:>9.2f} GiB {c.workspace_mib:>7.0f} MiB "
             f"{c.predicted_ms:>8.1f} ms"
         )
-    return 0
 
 
 def _gbps(link: str) -> float:

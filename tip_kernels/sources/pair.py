@@ -39,23 +39,26 @@ class Head:
 
         z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)
 
-    hidden      (N, H) or (B, T, H), float32, bfloat16 or float16; the states that predict each row's next token
-    weight      (V, H), hidden's dtype (under autocast both are taken in autocast's dtype)
-    bias        (V,) or None
-    scale       logit scale above 0, as Cohere and Granite models have
-    softcap     final logit softcapping, as Gemma 2 has; None is none
-    vocab_size  use the first vocab_size rows of weight and bias (a view), where padding differs between models
-    vocab_group torch.distributed process group whose ranks hold the same hidden states and, in rank order, each a part
-                of weight's and bias's rows (vocabulary-parallel): parts may be uneven or empty, vocab_size is that of
-                all of them together, labels are global ids. Every rank makes the same calls, backward included, gets
-                the same statistics, rows and loss, the whole gradient of hidden, and that of its own part of weight
-                and bias. As a teacher it goes with a student cut at the same tokens; a student's other teachers
-                are whole on every rank, which uses its own columns of them
-
     A weight that is a DTensor is gathered here, once, and its gradient lands sharded, the mean over the ranks (FSDP2);
-    with vocab_group it must be sharded on dim 0 over that group, and is not gathered.
+    with vocab_group it must be sharded on dim 0 over that group, and is not gathered. Does not synchronise; reading a
+    Head with a vocab_group does, once.
 
-    Raises ValueError naming the argument. Does not synchronise; reading a Head with a vocab_group does, once.
+    Args:
+        hidden: (N, H) or (B, T, H), float32, bfloat16 or float16; the states that predict each row's next token.
+        weight: (V, H), hidden's dtype (under autocast both are taken in autocast's dtype).
+        bias: (V,) or None.
+        scale: Logit scale above 0, as Cohere and Granite models have.
+        softcap: Final logit softcapping, as Gemma 2 has; None is none.
+        vocab_size: Use the first vocab_size rows of weight and bias (a view), where padding differs between models.
+        vocab_group: torch.distributed process group whose ranks hold the same hidden states and, in rank order, each a
+            part of weight's and bias's rows (vocabulary-parallel): parts may be uneven or empty, vocab_size is that of
+            all of them together, labels are global ids. Every rank makes the same calls, backward included, gets the
+            same statistics, rows and loss, the whole gradient of hidden, and that of its own part of weight and bias.
+            As a teacher it goes with a student cut at the same tokens; a student's other teachers are whole on every
+            rank, which uses its own columns of them.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     hidden: Tensor

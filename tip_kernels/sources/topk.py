@@ -43,10 +43,6 @@ class TopK:
 
     and so for the other divergences; "ignore" knows ForwardKL, ReverseKL, Jeffreys, HellingerSq and their sums.
 
-    ids   (N, K) or (B, T, K) int64; -1 marks an absent entry, whose logp is not read. No id twice in a row
-    logp  the same shape, float32, bfloat16 or float16: log-probabilities over the whole vocabulary at temperature 1
-    tail  "bucket", "ignore" or "renormalize"
-
     Accepted as the teacher of token_stats, divergence_loss and distill, at temperature 1 and with no divergence that
     reads labels. kl_fwd, kl_rev, hellinger_sq and entropy_t are those of the outcomes; logp_t is known for a listed
     label only and NaN otherwise; there is no lse_t. t_rest is at least 2^-24; it is 0 where all tokens are listed, and
@@ -56,7 +52,15 @@ class TopK:
     backend; a few (N, K) tensors come beside the workspace.
 
     Values are checked on a CPU, where rows are used: what a masked row holds is no matter. On CUDA an id outside the
-    vocabulary makes its row NaN. Raises ValueError naming the argument. Does not synchronise.
+    vocabulary makes its row NaN. Does not synchronise.
+
+    Args:
+        ids: (N, K) or (B, T, K) int64; -1 marks an absent entry, whose logp is not read. No id twice in a row.
+        logp: The same shape, float32, bfloat16 or float16: log-probabilities over the whole vocabulary, temperature 1.
+        tail: "bucket", "ignore" or "renormalize".
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     ids: Tensor
@@ -85,15 +89,22 @@ class TopK:
     ) -> TopK:
         """The teacher that a serving engine's `prompt_logprobs` describe, K = k, in rows of a model's logits.
 
-        prompt_logprobs  what vLLM or SGLang returned for a sequence of T tokens, or a list of B such: see engines.py
-        k                entries a row; fewer are padded with id -1. Of more, the k most probable are kept: vLLM adds
-                         the prompt's own token where it is not among those asked for, which takes k + 1
-        tail             of the TopK
-        device           where its tensors go
+        Entry i + 1 of the list, which tells of token i + 1, becomes row i, whose logits predict that token. Entry 0,
+        empty in every engine, has no such row; the last row has no entries. Masking rows is left to row_mask.
 
-        Returns a TopK of shape (T, k), or (B, longest T, k). Entry i + 1 of the list, which tells of token i + 1,
-        becomes row i, whose logits predict that token. Entry 0, empty in every engine, has no such row; the last row
-        has no entries. Masking rows is left to row_mask. Raises ValueError naming the argument.
+        Args:
+            prompt_logprobs: What vLLM or SGLang returned for a sequence of T tokens, or a list of B such: see
+                engines.py.
+            k: Entries a row; fewer are padded with id -1. Of more, the k most probable are kept: vLLM adds the prompt's
+                own token where it is not among those asked for, which takes k + 1.
+            tail: Of the TopK.
+            device: Where its tensors go.
+
+        Returns:
+            A TopK of shape (T, k), or (B, longest T, k).
+
+        Raises:
+            ValueError: Naming the argument.
         """
         ok = is_int(k) and k >= 1
         expect(ok, "k", "an int of at least 1", k)

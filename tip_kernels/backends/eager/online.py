@@ -71,34 +71,48 @@ class Fold:
             if x is not None:
                 k = x.amax(1, keepdim=True)
                 w.append(torch.sub(x, k, out=place).mul_(2.0 * unit))
-                if ban is not None:
-                    w[-1].clamp_(min=FLOOR)  # a small temperature would overflow it
-                torch.exp2(w[-1], out=e_x)
-                rest = _sum_but_largest(e_x, w[-1])
-                state |= {f"k_{model}": k.squeeze(1), f"M_{model}": rest, f"L_{model}": 1 + rest}
-                if self.entropy[model]:
-                    state[f"A_{model}"] = torch.mul(e_x, w[-1], out=scratch).sum(1).mul_(0.5)
+                state |= {f"k_{model}": k.squeeze(1)} | self._sums_of_model(model, w[-1], e_x, ban, scratch)
         if "hellinger_sq" in self.want:
             torch.sqrt(e[0], out=e[2]).sub_(torch.sqrt(e[1], out=scratch))
-            root_s, root_t = state["L_s"].sqrt(), state["L_t"].sqrt()
-            drift = (state["L_t"] - state["L_s"]) / (root_t + root_s)
-            spread = e[2].mul_(e[2]).sum(1) - drift * drift
-            state["H"] = (spread / (2 * root_s * root_t)).clamp_(0.0, 1.0)
-        if x_t is None or not (self.blends or self.want & {"kl_fwd", "kl_rev"}):
-            return state
+            state["H"] = _hellinger_sq(e[2], state["L_s"], state["L_t"])
+        if x_t is not None and (self.blends or self.want & {"kl_fwd", "kl_rev"}):
+            state |= self._sums_of_pair(w, e, banned, scratch)
+        return state
+
+    def _sums_of_model(self, model: str, w: Tensor, e: Tensor, banned: Tensor | None, scratch: Tensor) -> State:
+        """M, L and A of one model; leaves 2^w in e."""
+        if banned is not None:
+            w.clamp_(min=FLOOR)  # a small temperature would overflow it
+        torch.exp2(w, out=e)
+        rest = _sum_but_largest(e, w)
+        state: State = {f"M_{model}": rest, f"L_{model}": 1 + rest}
+        if self.entropy[model]:
+            state[f"A_{model}"] = torch.mul(e, w, out=scratch).sum(1).mul_(0.5)
+        return state
+
+    def _sums_of_pair(self, w: list[Tensor], e: list[Tensor], banned: list[Tensor | None], scratch: Tensor) -> State:
+        """D, the blends, and which model bans what the other allows; overwrites w."""
         ban_s = ban_t = None
-        state["ban_s"], state["ban_t"] = torch.zeros_like(state["k_s"]), torch.zeros_like(state["k_s"])
+        state: State = {name: w[0].new_zeros(w[0].shape[0]) for name in ("ban_s", "ban_t")}
         if any(b is not None for b in banned):
-            ban_s, ban_t = (torch.zeros_like(x_s, dtype=torch.bool) if b is None else b for b in banned)
-            state["ban_s"], state["ban_t"] = (ban_s & ~ban_t).any(1).float(), (ban_t & ~ban_s).any(1).float()
+            ban_s, ban_t = (torch.zeros_like(w[0], dtype=torch.bool) if b is None else b for b in banned)
+            state = {"ban_s": (ban_s & ~ban_t).any(1).float(), "ban_t": (ban_t & ~ban_s).any(1).float()}
         for blend in self.blends:
-            state |= _fold_blend(blend, *w, ban_s, ban_t, scratch)
+            state |= _fold_blend(blend, w[0], w[1], ban_s, ban_t, scratch)
         gap = w[1].sub_(w[0])  # finite, so that a banned token's e, which is 0, takes it out
         if "kl_fwd" in self.want:
             state["D_t"] = torch.mul(e[1], gap, out=scratch).sum(1).mul_(0.5)
         if "kl_rev" in self.want:
             state["D_s"] = torch.mul(e[0], gap, out=scratch).sum(1).mul_(-0.5)
         return state
+
+
+def _hellinger_sq(gap: Tensor, mass_s: Tensor, mass_t: Tensor) -> Tensor:
+    """(R,) of a tile's own distributions, from h_t - h_s up to its sign (R, C), which is overwritten, and both L."""
+    root_s, root_t = mass_s.sqrt(), mass_t.sqrt()
+    drift = (mass_t - mass_s) / (root_t + root_s)
+    spread = gap.mul_(gap).sum(1) - drift * drift
+    return (spread / (2 * root_s * root_t)).clamp_(0.0, 1.0)
 
 
 class EagerMoments:
@@ -135,7 +149,7 @@ def _fold_blend(
     blend: Blend, w_s: Tensor, w_t: Tensor, ban_s: Tensor | None, ban_t: Tensor | None, scratch: Tensor
 ) -> State:
     w = torch.mul(w_t, 0.5 * blend.a, out=scratch).add_(w_s, alpha=0.5 * blend.b)
-    if ban_s is not None:  # a token that either model bans adds nothing; an infinite sum is known by its flag
+    if ban_s is not None and ban_t is not None:  # what either bans adds nothing; an infinite sum is known by its flag
         zero = torch.zeros_like(ban_s)
         w.masked_fill_((ban_t if blend.a else zero) | (ban_s if blend.b else zero), FLOOR)
     m = w.amax(1, keepdim=True)
@@ -195,7 +209,7 @@ def merge(parts: list[State], unit: float | Tensor) -> State:
 
 def finish(state: State, temperature: float | Tensor) -> dict[str | Blend, Tensor]:
     """The statistics of merged states: every TokenStats field whose sums are there, with shift and logsum."""
-    out: dict[str, Tensor] = {}
+    out: dict[str | Blend, Tensor] = {}
     for model in "st":
         if f"k_{model}" in state:
             k, total = state[f"k_{model}"], state[f"L_{model}"]
