@@ -547,7 +547,7 @@ def check_statistics(problem: Problem, ours: tip.TokenStats, top_k: int | None, 
     ]
     truth, eager = (ref.token_stats(z_s[i], z_t[i], **asked) for i in (0, 1))
     for name, where in rows.items():
-        mine = getattr(ours, name)
+        mine = ours._get(name)
         if mine is None:
             assert top_k is not None or truth[name] is None or not case.margins, f"{name} was asked for"
             continue
@@ -574,7 +574,7 @@ def check_listed_statistics(
         "entropy_t": ref.topk_entropy,
     }
     for name, formula in formulas.items():
-        mine = getattr(ours, name)
+        mine = ours._get(name)
         if mine is None or name not in rows:
             continue
         truth, eager = (formula(x, ids, logp.to(x.dtype), teacher.tail) for x in z)

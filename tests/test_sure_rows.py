@@ -172,3 +172,15 @@ def test_alpha_beta_near_equality_is_made_of_differences(size):
     truth.sum().backward()
     assert (loss.double() - truth).norm() <= 2e-4 * truth.norm()
     assert (student.grad.double() - exact.grad).norm() <= 5e-5 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("divergence", [tip.JSD(), tip.ReverseKL()], ids=str)
+@pytest.mark.parametrize("broken", ["hidden", "teacher"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_broken_row_spoils_no_entry_of_another(softcap, broken, divergence):
+    hidden, weight, other = normal(3, 8, seed=1), normal(40, 8, seed=2), normal(3, 40, seed=3)
+    (hidden if broken == "hidden" else other)[1] = torch.nan
+    student = leaf(hidden), leaf(weight)
+    tip.divergence_loss(tip.Head(*student, softcap=softcap), other, divergence=divergence)[[0, 2]].sum().backward()
+    assert all(x.grad.isfinite().all() for x in student)
+    assert (student[0].grad[1] == 0).all()

@@ -449,8 +449,9 @@ class GradientSweep(LeafSweep):
             g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
         if dce is not None:
             g.add_(dce.mul_(up.unsqueeze(1)))
-        if dead is not None:
-            g.masked_fill_(dead[part], 0.0)
+        for x in (g, slope) if dead is not None else ():
+            if x is not None:
+                x.masked_fill_(dead[part], 0.0)
         balance.take(g, *found, slope, part, student.first + v0)
         return g if slope is None else g.mul_(slope)
 
@@ -607,12 +608,12 @@ class HeadGradients:
             self.bias.index_add_(0, columns, values)
         if self.need_hidden:
             for out, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.hidden, columns, values)), strict=True):
-                out.addcmul_(g.unsqueeze(1), student.weight[at].to(student.dtype).float())
+                out.add_(_scaled(student.weight[at].to(student.dtype).float(), g))
         if not self.need_weight:
             return
         if self.weight.dtype == torch.float32:
             for ids, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.ids, columns, values)), strict=True):
-                self.weight.index_add_(0, at, self._hidden_at(ids).mul_(g.unsqueeze(1)))
+                self.weight.index_add_(0, at, _scaled(self._hidden_at(ids), g))
             return
         found, group = torch.unique(columns, return_inverse=True)  # a token's sum is made in fp32 and rounded once
         order = group.argsort()
@@ -621,7 +622,7 @@ class HeadGradients:
         for i, (at, rows) in enumerate(zip(found.split(ENTRY_ROWS), order.split(ends), strict=True)):
             total = torch.zeros(at.numel(), student.width, device=columns.device)
             for some in rows.split(ENTRY_ROWS):
-                hidden = self._hidden_at(self.ids[some]).mul_(values[some].unsqueeze(1))
+                hidden = _scaled(self._hidden_at(self.ids[some]), values[some])
                 total.index_add_(0, group[some] - i * ENTRY_ROWS, hidden)
             self.weight[at] += total.to(self.weight.dtype)
 
@@ -661,6 +662,11 @@ class HeadGradients:
             rows = self.hidden[part : part + 4096].to(out.dtype)
             out.view(-1, student.width).index_copy_(0, self.ids[part : part + 4096], rows)
         return out
+
+
+def _scaled(x: Tensor, g: Tensor) -> Tensor:
+    """x (r, H) times g (r,), and 0 where g is 0, whatever x holds."""
+    return (x * g.unsqueeze(1)).masked_fill_((g == 0).unsqueeze(1), 0.0)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
