@@ -93,6 +93,7 @@ MICRO = HOOKED + "micro_batches_add_up_to_the_whole_batch"
 EXPERTS = HOOKED + "experts_own_loss_is_added_by_the_models_coefficient"
 TRAINED = "test_hooks_trl.py::test_"
 SHARDED = "test_parallel.py -k sharded_models_learn"
+JUNK_COMPILED = "test_compiled.py::test_what_masked_rows_hold_is_no_matter_in_a_graph_either"
 JUNK = "test_topk.py::test_what_masked_rows_hold_is_no_matter_in_any_entry_point"
 LIGER = "test_compat.py::test_fused_loss_and_gradients_are_those_of_the_formula"
 LIGER_MIX = "test_compat.py::test_soft_and_hard_losses_come_apart_as_ligers"
@@ -366,9 +367,9 @@ BORDERS = [
     ("hooks/trl.py", "module.training = mode", "pass", TRAINED + "probing_leaves_modes_as_they_are"),
     ("distributed/shards.py", "weakref.ref(group)", "lambda: group", "test_parallel.py::test_no_graph_keeps_a_process_group"),
     ("sources/pair.py", "self.pair.topk.check_values(self.pair.vocab, rows)", "self.pair.topk.check_values(self.pair.vocab, None)", JUNK),
-    ("sources/pair.py", "labels.where(mask, IGNORE_LABEL)", "labels", JUNK),
-    ("sources/pair.py", "temperature.where(mask, 1.0) if", "temperature if", JUNK),
-    ("sources/topk.py", "self.ids[rows], self.logp[rows]", "self.ids[:0], self.logp[:0]", "test_topk.py::test_what_rows_in_use_hold_is_checked"),
+    ("sources/pair.py", "labels.where(mask, IGNORE_LABEL)", "labels", JUNK_COMPILED),
+    ("sources/pair.py", "temperature.where(mask, 1.0) if", "temperature if", JUNK_COMPILED),
+    ("sources/topk.py", "rows is None else (self.ids[rows], self.logp[rows])", "rows is None else (self.ids[:0], self.logp[:0])", "test_topk.py::test_what_rows_in_use_hold_is_checked"),
     ("learn/divergence_loss.py", "request.check_values(None if kept is None else ids)", "request.check_values(None)", JUNK),
     ("inspect/page.py", "        autoescape=True,\n        finalize=_inert,\n", "", PAGE),
     ("inspect/page.py", "(?i)[<>&]|h(?=ttp)", "(?i)h(?=ttp)", PAGE),

@@ -197,6 +197,21 @@ def test_distill_takes_masks_weights_labels_and_temperatures():
     hold_equal(step, inputs("capped head"), exact=False)
 
 
+def test_what_masked_rows_hold_is_no_matter_in_a_graph_either():
+    """Its op looks at the labels and temperatures of all rows."""
+    rows = torch.arange(N, device=DEVICE)
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.arange(N) > 1
+        out = tip.distill(
+            *sources("head", *tensors), row_mask=mask, labels=torch.where(rows > 1, rows, -7), ce_weight=0.3,
+            temperature=torch.where(rows > 1, 2.0, -1.0),
+        )  # fmt: skip
+        return out.loss, out.kept.mask
+
+    hold_equal(step, inputs("head"), exact=False)
+
+
 def test_distill_by_adakd_is_that_of_the_uncompiled_call():
     focus = tip.AdaptiveFocus()
 
