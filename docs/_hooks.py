@@ -23,6 +23,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "bench/results/evidence.png": "assets/evidence.png",
     ".github/assets/inspect.png": "assets/inspect.png",
+    ".github/assets/report.png": "assets/report.png",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 

@@ -29,7 +29,7 @@ def test_the_help_of_opd_names_every_rule_with_its_class():
     text = help_of("tip_kernels", "opd")
     for name, kind in registry.CLASSES.items():
         assert f"{name} ({kind})" in text
-        assert type(registry.RULES[name](0.5, None)) is getattr(tip, kind.split(" by ")[0])
+        assert type(registry.RULES[name](0.5, None)) is getattr(tip, re.split(r"[ ,]", kind)[0])
     assert registry.CLASSES.keys() == registry.RULES.keys()
     assert "--overwrite" in text and "1.0 is every token" in text
 

@@ -1,5 +1,6 @@
 """Tokens in a table, in a file and on a page; the page as a browser shows it."""
 
+import csv
 import json
 import math
 import re
@@ -292,9 +293,8 @@ def test_a_run_is_inspected_before_and_after_and_a_file_of_it_makes_the_same_pag
     assert command.main(["inspect", str(run / "tokens.safetensors"), "--output", str(again), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     other = data_of(again.read_text())
-    assert {k: v for k, v in other.items() if k not in ("title", "strings", "text", "top_s", "top_t")} == {
-        k: v for k, v in data.items() if k not in ("title", "strings", "text", "top_s", "top_t")
-    }
+    own = ("title", "strings", "text", "top_s", "top_t", "beside")
+    assert {k: v for k, v in other.items() if k not in own} == {k: v for k, v in data.items() if k not in own}
     assert result["rollouts"] == 200 and result["q3"] == data["quadrant"].count("3") > 0
     assert result["kept"] == data["kept"].count("1")
 
@@ -535,6 +535,80 @@ def test_the_keyboard_walks_over_tokens(run, show):
     tab.keyboard.press("ArrowUp")
     assert until(tab, lambda: at() < 20)
     assert tab.locator('.t[tabindex="0"]').count() == 1
+
+
+def test_arrow_keys_work_on_load_and_walk_over_the_scatter(run, show):
+    data = data_of((run / "inspect.html").read_text())
+    tab = show(run / "inspect.html")
+    detail = tab.locator("#detail")
+    tab.keyboard.press("ArrowDown")
+    assert until(tab, lambda: detail.get_attribute("data-i") == "0")
+    tab.keyboard.press("ArrowRight")
+    assert until(tab, lambda: detail.get_attribute("data-i") == "1")
+    tab.focus("#scatter")
+    entropy, kl = (
+        next(s["values"] for s in data["statistics"] if s["name"] == name) for name in ("entropy_s", "kl_rev")
+    )
+    ways = (("ArrowUp", kl, 1), ("ArrowDown", kl, -1), ("ArrowRight", entropy, 1), ("ArrowLeft", entropy, -1))
+    for key, values, way in ways:
+        before = int(detail.get_attribute("data-i"))
+        tab.keyboard.press(key)
+        assert until(tab, lambda before=before: int(detail.get_attribute("data-i")) != before), key
+        assert way * (values[int(detail.get_attribute("data-i"))] - values[before]) > 0, key
+        assert tab.evaluate("document.activeElement.id") == "scatter"
+    i = detail.get_attribute("data-i")
+    tab.keyboard.press("Enter")
+    assert until(tab, lambda: tab.evaluate("document.activeElement.dataset.i") == i)
+
+
+@pytest.mark.parametrize("width", [1280, 980, 640, 360])
+def test_the_scatter_follows_its_window_and_nothing_runs_over(run, show, width):
+    tab = show(run / "inspect.html")
+    tab.set_viewport_size({"width": width, "height": 900})
+
+    def fits():
+        card, canvas = (tab.locator(name).bounding_box() for name in ("#plot", "#scatter"))
+        inside = card["x"] <= canvas["x"] and canvas["x"] + canvas["width"] <= card["x"] + card["width"] <= width
+        return inside and canvas["width"] > 0.8 * card["width"]
+
+    assert until(tab, fits)
+    assert not tab.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_what_is_shown_is_downloaded(run, show, tmp_path):
+    data = data_of((run / "inspect.html").read_text())
+    tab = show(run / "inspect.html")
+    tab.select_option("#verdict", "wrong")
+    with tab.expect_download() as started:
+        tab.click("#csv")
+    started.value.save_as(tmp_path / "tokens.csv")
+    rows = list(csv.DictReader((tmp_path / "tokens.csv").read_text(encoding="utf-8-sig").splitlines()))
+    wrong = [i for r in data["rollouts"] if r["right"] is False for i in range(r["first"], r["end"])]
+    assert [json.loads(row["text_json"]) for row in rows] == [data["strings"][data["text"][i]] for i in wrong]
+    for s in data["statistics"]:
+        assert [float(row[s["name"]] or "nan") for row in rows] == pytest.approx(
+            [s["values"][i] for i in wrong], nan_ok=True
+        )
+    assert sum(int(row["kept"]) for row in rows) == sum(data["kept"][i] == "1" for i in wrong)
+
+
+def test_a_page_explains_itself_and_links_to_the_report_and_back(run, show):
+    tab = show(run / "inspect.html")
+    text = " ".join(tab.locator("#guide").inner_text().split())
+    for said in (
+        "The task",
+        "864+394=",
+        "Score",
+        "1 - (1 - h)(1 - d)",
+        "Across",
+        "Up",
+        "Color",
+        "0.3 nats",
+        "kept: the",
+    ):
+        assert said in text, said
+    assert tab.locator("a.beside").get_attribute("href") == "report.html"
+    assert 'href="inspect.html"' in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["inspect.html", "report.html"])

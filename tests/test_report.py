@@ -134,9 +134,9 @@ def test_runs_that_differ_in_their_seed_are_one_group_named_by_what_differs_else
     runs += [run_of("b", [0, 0.2, 0.4, 0.6], keep=0.5), run_of("c", [0, 0, 0, 0], preset="adakd")]
     groups = curves.grouped(runs)
     assert [(group.name, len(group.runs)) for group in groups] == [
-        ("rule soft_or, keep 0.2", 3),
-        ("rule soft_or, keep 0.5", 1),
-        ("preset adakd", 1),
+        ("soft_or, keep 0.2", 3),
+        ("soft_or, keep 0.5", 1),
+        ("adakd", 1),
     ]
     curve = groups[0].curve("accuracy")
     assert curve["x"] == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 30, 60], "seconds": [0, 0.5, 1.0, 1.5]}

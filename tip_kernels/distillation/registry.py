@@ -38,10 +38,23 @@ CLASSES = {  # the public name of what each makes, for help texts
     "sample_entropy": "SampleEntropy",
     "soft_or": "SoftOr",
     "soft_or_minmax": "SoftOr by min-max",
+    "soft_or_lowest": "SoftOr, the lowest",
     "overconfident": "Overconfident",
     "divergence": "TopDivergence",
     "hellinger": "TopHellinger",
     "random": "RandomRows",
+}
+SCORES = {  # what each ranks by, larger is kept; h and d are entropy and reverse KL, brought to 0 to 1 over the batch
+    "all": "nothing: every token is kept",
+    "entropy": "the student's entropy",
+    "sample_entropy": "the student's entropy, drawn at random in proportion to it",
+    "soft_or": "1 - (1 - h)(1 - d), h the rank of the student's entropy and d that of KL(student ‖ teacher), 0 to 1",
+    "soft_or_minmax": "1 - (1 - h)(1 - d), h and d the student's entropy and KL(student ‖ teacher) scaled to 0 to 1",
+    "soft_or_lowest": "minus soft_or's score: the tokens that it leaves out, as its control",
+    "overconfident": "KL(teacher ‖ student) times (1 - h), h the student's entropy scaled to 0 to 1",
+    "divergence": "KL(student ‖ teacher)",
+    "hellinger": "the squared Hellinger distance of the two distributions",
+    "random": "noise: the control of every other rule",
 }
 DIVERGENCES = {  # name: the public name, and the parameters where `name:1,2` does not say others
     "reverse_kl": ("ReverseKL", ()),

@@ -28,6 +28,7 @@ QUADRANT_COLOURS = {1: "#e69f00", 2: "#56b4e9", 3: "#d55e00", 4: "#009e73"}
 _T_975 = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101
 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"""
 T_975 = [float(word) for word in _T_975.split()]
+SAYS_ENOUGH = ("rule", "preset", "divergence", "task")  # settings whose values need no name before them
 IGNORED = ("seed", "device", "threads")  # settings in which runs of one group may differ
 CURVES = {  # log column: title, whether it is a share
     "accuracy": ("Accuracy on held-out prompts", True),
@@ -140,9 +141,20 @@ def _differing(settings: list[dict]) -> list[str]:
 
 
 def _label(run: Run, differing: list[str]) -> str:
-    """The differing settings of a run's group; a preset stands for rule and keep. The run's name where none differs."""
+    """What tells a run's group from the others, in few words: "soft_or, keep 0.2"; what is not set goes unsaid.
+
+    A preset stands for rule and keep. The run's name where nothing is left to say.
+    """
     left_out = ("rule", "keep") if run.settings.get("preset") else ("preset",)
-    return ", ".join(f"{name} {run.settings.get(name)}" for name in differing if name not in left_out) or run.name
+    given = {name: run.settings.get(name) for name in differing if name not in left_out}
+    told = [_said(name, value) for name, value in given.items() if value is not None and value is not False]
+    return ", ".join(told) or run.name
+
+
+def _said(name: str, value: object) -> str:
+    """A setting and its value; a path by its last part."""
+    text = Path(value).name if name in ("teacher", "student", "task") and isinstance(value, str) else str(value)
+    return text if name in SAYS_ENOUGH else f"{name.replace('_', ' ')} {text}"
 
 
 def figures(groups: list[Group]) -> list[dict]:
@@ -170,7 +182,7 @@ def comparison(groups: list[Group]) -> dict:
     panels = [_panel(column, [group.curve(column) for group in groups]) for column in CURVES]
     if not any(panels):
         raise UsageError(f"argument RUN: expected runs with a value to draw in their logs, got {', '.join(runs)}")
-    head = ["", "runs", "start accuracy", "end accuracy", "end KL", "kept", "steps", "tokens", "seconds"]
+    head = ["", "runs", "at start", "accuracy", "KL", "kept", "steps", "tokens", "s"]
     rows = [
         [
             row["name"],
@@ -181,7 +193,7 @@ def comparison(groups: list[Group]) -> dict:
             percent(row["kept_share"]),
             f"{row['steps']:.0f}",
             f"{row['tokens']:,.0f}",
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.0f}",
         ]
         for row in figures(groups)
     ]
@@ -192,14 +204,17 @@ def comparison(groups: list[Group]) -> dict:
         "about": [["runs", ", ".join(runs)]],
         "axes": AXES,
         "note": note,
+        "beside": None,
         "tiles": [],
-        "tables": [{"caption": "At the end", "head": head, "rows": rows}],
+        "tables": [
+            {"caption": "At the end: accuracy on held-out prompts, KL in nats a token", "head": head, "rows": rows}
+        ],
         "panels": [panel for panel in panels if panel],
     }
 
 
-def report(run: Run, summary: dict) -> dict:
-    """What the page of one run shows; `summary` is what --json prints."""
+def report(run: Run, summary: dict, tokens: bool = False) -> dict:
+    """What the page of one run shows; `summary` is what --json prints, `tokens` whether inspect.html is beside it."""
     group = Group(run.name, [run])
     panels = [_panel(column, [group.curve(column)]) for column in CURVES]
     shares = [
@@ -214,14 +229,16 @@ def report(run: Run, summary: dict) -> dict:
     tiles += [
         {"label": "tokens kept", "value": percent(summary["kept_share"])},
         {"label": "time", "value": f"{summary['seconds']:.0f} s"},
-        {"label": "largest memory", "value": f"{short(summary['peak_mib'])} MiB"},
+        {"label": "largest memory of the process", "value": mib(summary["peak_mib"])},
     ]
     about = {name: summary[name] for name in ("rule", "keep", "divergence", "seed", "steps", "skipped_steps")}
     return {
         "title": f"{run.name}: the run",
         "about": [[name.replace("_", " "), str(value)] for name, value in about.items()],
         "axes": AXES,
-        "note": "Tokens trained on are those that the rule kept; seconds leave evaluation out.",
+        "note": "Tokens trained on are those that the rule kept; seconds leave evaluation out. Nats: natural-log units."
+        + ("" if tokens else " The page of its tokens: tip-kernels inspect and this folder."),
+        "beside": "inspect.html" if tokens else None,
         "tiles": tiles,
         "tables": [],
         "panels": [panel for panel in panels if panel],
@@ -268,22 +285,27 @@ def short(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def mib(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f} MiB"
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def print_table(table: dict) -> None:
     """The table in the terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=table["caption"], title_justify="left")
+    shown = Table(title=table["caption"], title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, column in enumerate(table["head"]):
-        shown.add_column(column, justify="right" if i else "left")
+        shown.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     for row in table["rows"]:
         shown.add_row(*(Text(str(cell)) for cell in row))
-    Console(soft_wrap=True).print(shown)
+    Console().print(shown)
 
 
 def draw_report(folder: Path, run: Run) -> None:
@@ -339,7 +361,8 @@ def draw_comparison(path: Path, groups: list[Group]) -> None:
     for axes in places[len(panels) :]:
         axes.axis("off")
     if len(groups) > 1:
-        places[0].legend(fontsize=8)
+        handles, labels = places[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -357,7 +380,7 @@ def _draw_lines(axes, panel: dict, axis: str) -> None:
         axes.plot(x, y, color=series["colour"], label=series["label"], marker="o" if len(x) < 15 else None, ms=3)
         if tuple(low) != tuple(high):
             axes.fill_between(x, low, high, color=series["colour"], alpha=0.2, lw=0)
-    axes.set_title(panel["title"] + (", %" if panel["share"] else ""), fontsize=9)
+    axes.set_title(panel["title"] + (", %" if panel["share"] else ""), fontsize=8)
     axes.set_xlabel(AXES[axis], fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

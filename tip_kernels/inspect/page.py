@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +25,46 @@ QUADRANTS = {1: "uncertain and wrong", 2: "uncertain, agrees", 3: "overconfident
 _STATIC = Path(__file__).parent / "static"
 
 
-def inspect_page(table: TokenTable, title: str, entropy: float = 0.3, divergence: float = 0.1) -> str:
-    """The page of a table's rollouts; the quadrants' cuts, in nats, as in `tip.quadrants`."""
+def inspect_page(
+    table: TokenTable,
+    title: str,
+    entropy: float = 0.3,
+    divergence: float = 0.1,
+    *,
+    guide: Sequence[tuple[str, str]] = (),
+    beside: str | None = None,
+) -> str:
+    """The page of a table's rollouts.
+
+    Args:
+        table: What is shown.
+        title: Of the page.
+        entropy: The quadrants' cut in nats, as in `tip.quadrants`.
+        divergence: Likewise.
+        guide: Terms and what they mean here, beside those that every page explains: the task, the rule's score.
+        beside: The page of the run's curves, in the same folder.
+    """
     cuts = {"entropy": entropy, "divergence": divergence}
-    return _render("inspect", title, _tokens(table, title, cuts))
+    content = _tokens(table, title, cuts)
+    return _render("inspect", title, content | {"guide": [*guide, *_guide(table, cuts)], "beside": beside})
+
+
+def _guide(table: TokenTable, cuts: dict[str, float]) -> list[tuple[str, str]]:
+    """What is on the page, for somebody who has read no paper."""
+    found = [("A card", "one answer (rollout), token by token, as the student sampled it.")]
+    if {"entropy_s", "kl_rev"} <= table.statistics.keys():
+        entropy, divergence = (f"{cuts[name]:g} nats" for name in ("entropy", "divergence"))
+        found += [
+            ("Across", "the student's entropy: how uncertain it was which token comes next. 0 is certain."),
+            (
+                "Up",
+                "KL(student ‖ teacher): how far its distribution of the next token is from the teacher's. 0 is equal.",
+            ),
+            ("Color", f"the quadrant: uncertain is an entropy above {entropy}, wrong a KL above {divergence}."),
+        ]
+    if table.kept is not None:
+        found.append(("Underlined", "kept: the rule chose this token, the student learns from it."))
+    return [*found, ("Nats", "the unit of both: natural logarithms; 0.69 nats are one bit.")]
 
 
 def curves_page(title: str, content: dict) -> str:

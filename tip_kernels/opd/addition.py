@@ -18,6 +18,10 @@ from __future__ import annotations
 import random
 import re
 
+TRACE = (
+    "864+394= is answered 4+4+0=08bde;6+9+0=15ffb;8+3+1=12gcb;>1258$: a column a line, the ones first, digit + digit "
+    "+ carry = sum in two places, three letters at random that nobody can know, and at last the answer between > and $."
+)
 FILLERS = "abcdefgh"
 CHARACTERS = "0123456789+=;>$" + FILLERS
 END = "$"

@@ -81,7 +81,11 @@ def inspect(options: dict) -> int:
     cuts = {name: options[name] for name in ("entropy", "divergence") if name in options}
     table.about |= {"rollouts": f"{len(table.rollouts):,}", "tokens": f"{len(table.text):,}"}
     output = Path(options.get("output", _default_page(files)))
-    page.write(output, page.inspect_page(table, f"{title}: which tokens matter", **cuts))
+    beside = _report_beside(output, files)
+    content = page.inspect_page(table, f"{title}: which tokens matter", **cuts, guide=_guide(table), beside=beside)
+    page.write(output, content)
+    if beside and output.name == "inspect.html":
+        _link_back(files[0])
     say(f"page in {output}")
     if options.get("json"):
         print(json.dumps({"output": str(output)} | _counts(table, cuts)), flush=True)
@@ -124,6 +128,33 @@ def _counts(table, cuts: dict[str, float]) -> dict[str, int | None]:
     found = {"rollouts": len(table.rollouts), "tokens": len(table.text)}
     found |= {"kept": None if table.kept is None else int(table.kept.sum())}
     return found | {f"q{q}": counts[q] for q in (1, 2, 3, 4)}
+
+
+def _report_beside(output: Path, files: list[Path]) -> str | None:
+    """The name of the run's own page, where the one of its tokens is written beside it."""
+    report = files[0] / "report.html" if len(files) == 1 and files[0].is_dir() else None
+    there = report is not None and report.is_file() and output.resolve().parent == report.resolve().parent
+    return "report.html" if there else None
+
+
+def _link_back(run: Path) -> None:
+    """Writes the run's page anew, which finds that of its tokens beside it."""
+    from tip_kernels.inspect.objects import read_object
+    from tip_kernels.opd.report import write_report
+
+    if (run / "summary.json").is_file():
+        write_report(run, read_object(run / "summary.json", "FILE"))
+
+
+def _guide(table) -> list[tuple[str, str]]:
+    """What the task's answers and the rule's score mean, where the table says which they are."""
+    from tip_kernels.distillation.registry import SCORES
+    from tip_kernels.opd.addition import TRACE
+
+    found = [("The task", TRACE)] if table.about.get("task") == "addition" else []
+    rule = table.about.get("rule", "").partition(",")[0]
+    score = SCORES.get(rule, SCORES["hellinger"] if rule == "adakd" else None)
+    return found + ([("Score", f"what {rule} ranks by: {score}.")] if score else [])
 
 
 def _default_page(files: list[Path]) -> Path:

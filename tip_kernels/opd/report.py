@@ -162,14 +162,20 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
     }
 
 
-def write_pages(folder: Path, result: dict) -> None:
-    """report.html, curves.png and tokens.png of a finished run, from its log."""
+def write_report(folder: Path, result: dict) -> None:
+    """report.html alone, with a link to inspect.html where that is there."""
     from tip_kernels.inspect import curves, page
 
-    run = curves.Run.load(folder)
-    content = curves.report(run, result)
+    content = curves.report(curves.Run.load(folder), result, (folder / "inspect.html").is_file())
     page.write(folder / "report.html", page.curves_page(content["title"], content))
-    curves.draw_report(folder, run)
+
+
+def write_pages(folder: Path, result: dict) -> None:
+    """report.html, curves.png and tokens.png of a finished run, from its log."""
+    from tip_kernels.inspect import curves
+
+    write_report(folder, result)
+    curves.draw_report(folder, curves.Run.load(folder))
 
 
 def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
@@ -188,7 +194,7 @@ def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
     console.print(
         f"{result['steps']} steps{skipped}; rule {result['rule']} kept {_percent(result['kept_share'])} of the tokens; "
         f"{result['seconds']:.0f} s; peak memory of the process {_mib(result['peak_mib'])}; "
-        f"student{pages} in {result['output']}",
+        f"student{pages} in {result['output']}; its tokens, as inspect.html: tip-kernels inspect {result['output']}",
         highlight=False,
         markup=False,
     )

@@ -31,6 +31,32 @@
     return sets;
   }
 
+  // Names stand beside the ends of their curves, pushed apart, where there is room for them.
+  function names(chart) {
+    const { ctx, chartArea: area } = chart;
+    const ends = chart.data.datasets.map((set, k) => ({ set, last: chart.getDatasetMeta(k).data.at(-1) }))
+      .filter(({ set, last }) => !set.band && last).map(({ set, last }) => ({ text: set.label, colour: set.borderColor, y: last.y, x: last.x }));
+    ends.sort((a, b) => a.y - b.y);
+    const step = 13;
+    ends.forEach((end, k) => { if (k) end.y = Math.max(end.y, ends[k - 1].y + step); });
+    for (let k = ends.length - 1, most = area.bottom; k >= 0; k--, most = ends[k + 1].y - step) ends[k].y = Math.min(ends[k].y, most);
+    ctx.save();
+    ctx.font = `600 11px ${Chart.defaults.font.family}`;
+    ctx.textBaseline = "middle";
+    for (const end of ends) {
+      ctx.fillStyle = end.colour;
+      ctx.fillText(end.text, area.right + 8, end.y);
+    }
+    ctx.restore();
+  }
+  function room(canvas, panel) { // how wide the names are; 0 where they would leave too little to the curves
+    if (panel.kind !== "line" || panel.series.length < 2) return 0;
+    const ctx = canvas.getContext("2d");
+    ctx.font = `600 11px ${Chart.defaults.font.family}`;
+    const widest = Math.max(...panel.series.map((s) => ctx.measureText(s.label).width));
+    return widest < 0.45 * canvas.parentNode.clientWidth ? Math.ceil(widest) + 12 : 0;
+  }
+
   function draw() {
     charts.forEach((chart) => chart.destroy());
     theme.chart();
@@ -38,13 +64,15 @@
       const panel = page.panels[canvas.dataset.panel];
       const bars = panel.kind === "bars";
       const form = (v) => (panel.share ? `${short(100 * v)} %` : short(v));
-      const sets = datasets(panel);
+      const sets = datasets(panel), beside = room(canvas, panel);
       const ends = panel.series.map((s) => `${s.label}: ${form(s.y[0])} to ${form(s.y.at(-1))}`);
       canvas.setAttribute("aria-label", bars ? panel.title : `${panel.title}. ${ends.join("; ")}`);
       return new Chart(canvas, {
         type: bars ? "bar" : "line",
+        plugins: beside ? [{ id: "names", afterDatasetsDraw: names }] : [],
         data: { labels: bars ? panel.series[0].x.map((v) => v.toFixed(2)) : undefined, datasets: sets },
         options: {
+          layout: { padding: { right: beside } },
           interaction: { mode: "index", intersect: false },
           scales: {
             x: { type: bars ? "category" : "linear", stacked: false, ticks: { maxTicksLimit: 9, ...(bars ? {} : { callback: short }) },
@@ -53,7 +81,7 @@
               ...(panel.kind === "area" ? { min: 0, max: 1 } : {}), ...(panel.kind === "line" && panel.share ? { suggestedMin: 0, suggestedMax: 1 } : {}) },
           },
           plugins: {
-            legend: { display: panel.series.length > 1, position: "bottom", labels: { boxWidth: 12, filter: (item, data) => !data.datasets[item.datasetIndex].band } },
+            legend: { display: panel.series.length > 1 && !beside, position: "bottom", labels: { boxWidth: 12, filter: (item, data) => !data.datasets[item.datasetIndex].band } },
             tooltip: { filter: (item) => !item.dataset.band, callbacks: {
               title: (items) => (items.length ? `${items[0].label} ${bars ? "nats" : page.axes[axis.value]}` : ""),
               label: (item) => {
@@ -67,6 +95,14 @@
       });
     });
   }
+  document.getElementById("csv").addEventListener("click", () => {
+    const rows = [["panel", "curve", "steps", "tokens", "seconds", "nats", "value", "low", "high"]];
+    for (const panel of page.panels) for (const s of panel.series) s.y.forEach((y, i) => {
+      const at = panel.kind === "bars" ? ["", "", "", s.x[i]] : [s.x.steps[i], s.x.tokens[i], s.x.seconds[i], ""];
+      rows.push([panel.title, s.label, ...at, y, s.low ? s.low[i] : "", s.high ? s.high[i] : ""]);
+    });
+    theme.download("curves.csv", rows);
+  });
   axis.addEventListener("change", draw);
   theme.onChange(draw);
   draw();

@@ -432,7 +432,7 @@
         onResize: () => requestAnimationFrame(ring),
       },
     });
-    $("scatter").setAttribute("aria-label", `Scatter of ${points.length} tokens, entropy against divergence, with the quadrants' lines. The text holds the same tokens for the keyboard.`);
+    $("scatter").setAttribute("aria-label", `Scatter of ${points.length} tokens, entropy against divergence, with the quadrants' lines. Arrow keys go from point to point, Enter to the token's text.`);
     const infinite = points.some((i) => y[i] === Infinity) ? " ∞ is at the upper edge." : "";
     const sampled = all > POINTS ? `${points.length.toLocaleString("en")} of ${all.toLocaleString("en")} tokens drawn: ${data.kept === null ? "" : "the kept ones and "}an even sample.` : `${all.toLocaleString("en")} tokens.`;
     $("drawn").textContent = `${sampled} Lines at ${data.cuts.entropy} and ${data.cuts.divergence} nats; kept tokens have a rim.${infinite}`;
@@ -494,7 +494,34 @@
     event.preventDefault();
     hold(to());
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && held >= 0) hold(-1, false); });
+  const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && held >= 0) hold(-1, false);
+    const idle = event.target === document.body || event.target === document.documentElement;
+    if (!idle || !WAYS[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+    const first = nodeOf(held) ?? list.querySelector(".t"); // nothing has the focus: a walk begins where one left off
+    if (first) { event.preventDefault(); hold(Number(first.dataset.i)); }
+  });
+  function pointTowards(i, [right, down]) { // the nearest point that way; aside counts twice
+    const { x, y } = chart.scales, log = $("log").checked;
+    const at = (k) => [x.getPixelForValue(clamp(value("entropy_s", k), log)), y.getPixelForValue(clamp(Math.min(value("kl_rev", k), y.max), log))];
+    const [left, top] = at(i);
+    let best = i, least = Infinity;
+    for (const k of points) {
+      const [px, py] = at(k), along = (px - left) * right + (py - top) * down, aside = Math.abs((px - left) * down) + Math.abs((py - top) * right);
+      if (along < 0.5) continue;
+      const away = along + 2 * aside;
+      if (away < least) { least = away; best = k; }
+    }
+    return best;
+  }
+  $("scatter").addEventListener("keydown", (event) => {
+    if (!points.length || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter" && held >= 0) { event.preventDefault(); hold(held); return; }
+    if (!WAYS[event.key]) return;
+    event.preventDefault();
+    hold(points.includes(held) ? pointTowards(held, WAYS[event.key]) : points[0], false);
+  });
 
   // Controls
   const options = measured ? [["quadrant", "quadrant"]] : [];
@@ -519,8 +546,21 @@
   const turn = (step) => () => { page += step; draw(); redress(); scrollTo({ top: 0 }); };
   $("previous").addEventListener("click", turn(-1));
   $("next").addEventListener("click", turn(1));
+  $("csv").addEventListener("click", () => {
+    const names = [...stats.keys()];
+    const rows = [["rollout", "group", "right", "token", "text_json", "quadrant", "kept", ...names]];
+    for (const r of shown) for (let i = r.first; i < r.end; i++) {
+      rows.push([r.index + 1, r.group ?? "", r.right ?? "", i - r.first + 1, JSON.stringify(textOf(i)), quadrant(i) || "", data.kept === null ? "" : Number(kept(i)),
+        ...names.map((name) => value(name, i))]);
+    }
+    theme.download("tokens.csv", rows);
+  });
   $("log").addEventListener("change", plot);
   theme.onChange(() => { redress(); legend(); plot(); });
+
+  const guide = $("guide"), STORED = "tip-kernels guide"; // open for a first reader, as it was left for others
+  try { guide.open = (localStorage.getItem(STORED) ?? (innerWidth > 960 ? "open" : "")) === "open"; } catch { /* a browser may forbid it to files */ }
+  guide.addEventListener("toggle", () => { try { localStorage.setItem(STORED, guide.open ? "open" : "closed"); } catch { /* likewise */ } });
 
   choose();
   describe(-1);

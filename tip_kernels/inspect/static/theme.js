@@ -30,8 +30,21 @@ const theme = (() => {
     apply(order[(order.indexOf(choice) + 1) % order.length]);
   });
   system.addEventListener("change", () => apply(choice));
+  function download(name, rows) { // RFC 4180; a text that a spreadsheet would compute stays a text
+    const cell = (v) => {
+      if (typeof v !== "string") return Number.isNaN(v) ? "" : String(v);
+      const text = /^[=+\-@\t\r]/.test(v) ? `'${v}` : v;
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    };
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([`\ufeff${rows.map((row) => row.map(cell).join(",")).join("\r\n")}\r\n`], { type: "text/csv" }));
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  }
   return {
     colour,
+    download,
     isDark: () => choice === "dark" || (choice !== "light" && system.matches),
     onChange: (listener) => listeners.push(listener),
     chart() { // what every chart takes from the page
