@@ -135,7 +135,7 @@ def test_statistic_measured_wrongly_is_named_and_its_neighbours_are_not(capsys, 
             stats._measured["kl_rev"] = stats.kl_rev * 1.001
         return stats
 
-    monkeypatch.setattr(tip, "token_stats", wrong)
+    monkeypatch.setattr("tip_kernels.doctor.checks.token_stats", wrong)
     code, output = doctor(capsys, "--only", "token_stats")
     assert code == 1 and wrong_names(output) == ["token_stats kl_rev"]
 
@@ -144,7 +144,7 @@ def test_error_that_an_operation_raises_is_a_failure_in_one_line(capsys, monkeyp
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel\non this device")
 
-    monkeypatch.setattr(tip, "quadrants", broken)
+    monkeypatch.setattr("tip_kernels.doctor.checks.quadrants", broken)
     code, output = doctor(capsys, "--only", "quadrants")
     assert code == 1
     assert re.search(r"^WRONG  quadrants +RuntimeError: no such kernel$", output, re.MULTILINE)

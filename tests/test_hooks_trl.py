@@ -414,7 +414,7 @@ def first_step(folder, monkeypatch, **settings):
 
     trainer._learn, trainer._finish_step = watched, finished
     with monkeypatch.context() as patched:
-        patched.setattr(tip, "distill", lambda *args, **named: outs.append(distill(*args, **named)) or outs[-1])
+        patched.setattr(hook, "distill", lambda *args, **named: outs.append(distill(*args, **named)) or outs[-1])
         trainer.train()
     return kept, gradient[0], trainer.state.log_history[0]
 

@@ -86,7 +86,7 @@ def test_the_log_says_how_much_of_the_divergence_the_kept_tokens_carry(keep, mon
     loop = Loop(Settings(batch=4, keep=keep), pair, load_task("addition", 1), torch.device("cpu"))
     seen = []
     distill = tip.distill
-    monkeypatch.setattr(tip, "distill", lambda *a, **k: seen.append((distill(*a, **k), k["row_mask"])) or seen[-1][0])
+    monkeypatch.setattr(train, "distill", lambda *a, **k: seen.append((distill(*a, **k), k["row_mask"])) or seen[-1][0])
     row = loop.step()
     out, mask = seen[0]
     kl = out.stats.kl_rev[mask.flatten()].double()

@@ -1,4 +1,4 @@
-"""A user's script over every public name: it runs, and pyright (standard), where it is installed, has nothing to say."""
+"""A user's script over every public name runs, and pyright (standard), where it is installed, passes it."""
 
 from __future__ import annotations
 
