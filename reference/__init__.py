@@ -42,6 +42,15 @@ from .select import (
 )
 from .stats import argmax, broken_rows, kl, log_probs, logits, token_stats, top_ids
 from .topk import topk_entropy, topk_forward_kl, topk_hellinger_sq, topk_reverse_kl
+from .weights import (
+    confidence_product,
+    drift_decay,
+    importance_ratio,
+    log_ratio_sigmoid,
+    position_decay,
+    prefix_decay,
+    teacher_confidence,
+)
 
 __all__ = [
     "adakd_loss",
@@ -49,19 +58,25 @@ __all__ = [
     "alpha_beta",
     "argmax",
     "broken_rows",
+    "confidence_product",
     "difficulty",
     "difficulty_temperature",
+    "drift_decay",
     "forward_kl",
     "hellinger_sq",
+    "importance_ratio",
     "inclusion_probabilities",
     "jeffreys",
     "jsd",
     "kl",
     "log_probs",
+    "log_ratio_sigmoid",
     "logits",
     "minmax",
     "normal_entropy",
     "overconfident_scores",
+    "position_decay",
+    "prefix_decay",
     "quadrants",
     "quantile",
     "quota",
@@ -84,6 +99,7 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "soft_or_scores",
+    "teacher_confidence",
     "todi",
     "token_stats",
     "top_ids",

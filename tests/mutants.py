@@ -63,6 +63,7 @@ CE = "test_divergences.py::test_a_label_loss_mixes_in_at_temperature_one"
 CLIP = "test_divergences.py::test_a_clipped_row_keeps_the_limit_and_has_no_gradient"
 SELECT = "test_select.py"
 PAPERS = "test_select_papers.py"
+WEIGHING = "test_weights.py"
 ADAPTIVE = "test_adaptive.py"
 ONE = "test_one_sweep.py"
 ONE_IS_TWO = "test_one_sweep.py::test_one_sweep_is_two"
@@ -437,6 +438,30 @@ RULES = [
     ("spare, ids = (~self.mask).sort(stable=True)", "spare, ids = (~self.mask).sort(stable=True, descending=True)"),
 ]  # fmt: skip
 
+ROW_WEIGHTS = [
+    ("(1 - share).clamp(min=self.floor)", "1 - share"),
+    ("entropy / self.zero_at", "entropy"),
+    ("1 - share_of_largest(values[\"entropy_t\"]", "share_of_largest(values[\"entropy_t\"]"),
+    ("(1 + self.student * unsure_s)", "(1 + self.teacher * unsure_s)"),
+    ("product * valid.sum() / torch.where", "product / torch.where"),
+    ("torch.where(valid, product, 0.0).sum()", "product.sum()"),
+    ("self.gamma * (1 - torch.where(banned, share_of_banned, share))", "self.gamma * torch.where(banned, share_of_banned, share)"),
+    ("torch.where(banned, share_of_banned, share))", "share)"),
+    ("torch.where(valid, log_ratio(values).abs(), 0.0)", "log_ratio(values).abs().nan_to_num(0.0, torch.inf)"),
+    ("torch.where(logp_s == logp_t, 0.0, logp_t - logp_s)", "logp_t - logp_s"),
+    ("(values[\"logp_s\"].double() - values[\"rollout_logp\"]).exp()", "(values[\"rollout_logp\"].double() - values[\"logp_s\"]).exp()"),
+    (".clamp(self.low, self.high)", ".clamp(max=self.high)"),
+    ("sums_of_groups(valid.long(), group)", "sums_of_groups(torch.ones_like(valid).long(), group)"),
+    ("(valid & (values[self.by] < self.threshold))", "(values[self.by] < self.threshold)"),
+    ("(before + drifted).double()", "before.double()"),
+    ("(1 - self.drop * (before + drifted).double()).clamp(min=0.0)", "(1 - self.drop * (before + drifted).double())"),
+    ("return torch.where(unmasked_rows, weights, 0.0)", "return weights"),
+    ("valid = valid & ~value.isnan()", "pass"),
+    ("before, total = until - until.take(start), sums", "before, total = until, sums"),
+    ("order = group.argsort(stable=True)", "order = torch.arange(group.numel())"),
+    ("ok = self.by not in TOP_FIELDS or", "ok = True or"),
+]  # fmt: skip
+
 RULES_OF_PAPERS = [
     ('return values["entropy_s"] - values["entropy_t"]', 'return values["entropy_t"] - values["entropy_s"]'),
     ("torch.sigmoid(self._scores(values, population))", "self._scores(values, population)"),
@@ -625,6 +650,11 @@ AROUND = [
      "test_distill.py::test_a_temperature_is_measured_and_learned_at"),
     ("distillation/distill.py", "for factor in (self.row_weights, kept._weights):", "for factor in (self.row_weights,):",
      "test_distill.py::test_the_unbiased_weights_of_a_rule_weigh_its_rows"),
+    ("distillation/distill.py", "getattr(weigh, \"needs\", True))", "False)", WEIGHING),
+    ("distillation/distill.py", "rule.needs | getattr(weigh, \"needs\", frozenset())", "rule.needs", WEIGHING),
+    ("distillation/distill.py", "self.row_weights(stats, self.batch.row_mask, self.batch.rollout_ids)",
+     "self.row_weights(stats, None, self.batch.rollout_ids)", WEIGHING),
+    ("distillation/one_sweep.py", "step.weigh(self.stats)", "step.weigh(step.batch.record({}, 1.0, partial=True))", WEIGHING),
     ("distillation/one_sweep.py", "weights = weights * self.losses[ids].isfinite()", "weights = weights",
      "test_backward.py::test_a_kept_row_of_infinite_loss_has_no_part_in_a_backward_at_once"),
     ("select/adakd.py", '"average": self._average, "anchor"', '"average": self._anchor, "anchor"',
@@ -720,6 +750,7 @@ MUTANTS = [
     *(Mutant("select/rule.py", *row) for row in RANKING),
     *(Mutant(one_of(row, "select/rule.py", "select/tip.py", "select/quadrants.py"), *row, SELECT) for row in RULES),
     *(Mutant("select/papers.py", *row, PAPERS) for row in RULES_OF_PAPERS),
+    *(Mutant("select/weights.py", *row, WEIGHING) for row in ROW_WEIGHTS),
     *(Mutant("select/adakd.py", *row, ADAPTIVE) for row in ADAKD),
     *(Mutant(one_of(row, "sources/topk.py", "measure/topk_teacher.py"), *row) for row in LISTS),
     *(Mutant(*row) for row in LEARNING),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
+from operator import attrgetter
 
 import pytest
 import torch
@@ -41,6 +43,13 @@ def tensors() -> dict[str, Tensor]:
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(shape, dtype=dtype)
+
+
+def needing(fields: object) -> object:
+    """Weights of 1 that say they need those fields."""
+    weigh = functools.partial(lambda stats, *_: torch.ones(N))
+    weigh.needs = fields
+    return weigh
 
 
 META = torch.device("meta")  # a device that is not the sources' own
@@ -197,6 +206,13 @@ CALLABLES = [  # temperatures of distill that are computed
     ("returns another length", lambda stats: stats.entropy_s[:2], rf"a .*tensor of shape \({N},\)"),
     ("returns a zero", lambda stats: 0.0 * stats.entropy_s, "finite values above 0"),
 ]
+WEIGHERS = [  # row_weights of distill that follow from statistics
+    ("returns none", lambda *_: None, rf"a .*tensor of shape \({N},\)"),
+    ("returns another length", lambda stats, *_: stats.entropy_s[:2], rf"a .*tensor of shape \({N},\)"),
+    ("returns float64", lambda stats, *_: stats.entropy_s.double(), "a float32"),
+    ("needs what nobody measures", needing({"kl"}), "a callable whose needs are a set of statistics"),
+    ("needs a list", needing(["kl_rev"]), "a callable whose needs are a set of statistics"),
+]
 GRAD_LOGITS = [
     ("another word", "sparse", "'dense', 'compact' or 'inplace'"),
     ("none", None, "'dense', 'compact' or 'inplace'"),
@@ -281,7 +297,7 @@ CALLS = {
             ("labels", LABELS),
             ("ce_weight", CE_WEIGHTS),
             ("ce_rows", [("another", "every", "'kept' or 'all'"), ("none", None, "'kept' or 'all'")]),
-            ("row_weights", ROW_WEIGHTS),
+            ("row_weights", ROW_WEIGHTS + WEIGHERS),
             ("temperature", TEMPERATURES + CALLABLES),
             ("temperature_sq", FLAGS),
             ("normalizer", NORMALIZERS),
@@ -459,7 +475,16 @@ OTHERS = {
         "workspace_mib": 0,
     },
 }
-EVERY = RULES | OTHERS
+WEIGHTS = {
+    "weights.ConfidenceProduct": {"teacher": -1.0, "student": math.nan},
+    "weights.DriftDecay": {"threshold": math.nan, "drop": 0.0, "base": -1.0, "by": "kl", "top_k": 0},
+    "weights.ImportanceRatio": {"rollout_logp": 0.5, "low": -1.0, "high": 0.0},
+    "weights.LogRatioSigmoid": {"beta": -1.0},
+    "weights.PositionDecay": {"half_life": 0.0},
+    "weights.PrefixDecay": {"gamma": -1.0},
+    "weights.TeacherConfidence": {"floor": 2.0, "zero_at": 0.0},
+}
+EVERY = RULES | OTHERS | WEIGHTS
 MADE_HERE = {"Distilled", "Kept", "Plan", "TokenStats"}  # what calls return
 BASES = {"Divergence", "Rule"}
 COUNTERS = {"entries", "skipped", "total", "dropped"}  # of a GradFilter, which it fills itself
@@ -480,12 +505,13 @@ def good_arguments(name: str, argument: str) -> dict[str, object]:
         "StepSelection": {"select": tip.KeepAll()},
         "Renyi": {"alpha": 0.5},
         "GradFilter": {"tolerance": 0.1},
+        "weights.ImportanceRatio": {"rollout_logp": torch.zeros(N)},
     }.get(name, {"keep": 0.5} if "keep" in EVERY[name] else {})
 
 
 def called(name: str, arguments: dict[str, object]) -> None:
     """Makes or calls it; what keeps its arguments for later is asked for its result, too."""
-    made = getattr(tip, name)(**arguments)
+    made = attrgetter(name)(tip)(**arguments)
     if name == "adakd":
         tip.distill(torch.zeros(N, V), torch.zeros(N, V), **made)
 
@@ -500,10 +526,10 @@ def test_every_argument_is_refused_by_its_name(name, argument):
         called(name, arguments | {argument: EVERY[name][argument]})
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES | WEIGHTS)
 @pytest.mark.parametrize("argument, value", [("stats", {}), *WHERE.items()])
-def test_every_rule_refuses_what_it_is_called_with(name, argument, value):
-    rule = getattr(tip, name)(**good_arguments(name, ""))
+def test_every_rule_and_weight_refuses_what_it_is_called_with(name, argument, value):
+    rule = attrgetter(name)(tip)(**good_arguments(name, ""))
     labels = ones(N, dtype=torch.int64)
     stats = tip.token_stats(torch.zeros(N, V), torch.zeros(N, V), labels=labels, margins=True, top_k=16)
     rule(stats)
@@ -518,10 +544,15 @@ def test_every_argument_of_every_public_name_has_a_case():
     tabled["Execution"] = set(HOW)
     tabled["distill"] -= tabled["Execution"]
     tabled |= {"Head": {argument for argument, *_ in HEAD}, "backend": {"name"}}
-    for name in set(tip.__all__) - MADE_HERE - BASES:
-        wanted = set(inspect.signature(getattr(tip, name)).parameters) - (COUNTERS if name == "GradFilter" else set())
+    weights = {f"weights.{name}" for name in tip.weights.__all__ if name != "Weight"}
+    for name in set(tip.__all__) - MADE_HERE - BASES - {"weights"} | weights:
+        wanted = set(inspect.signature(attrgetter(name)(tip)).parameters) - (
+            COUNTERS if name == "GradFilter" else set()
+        )
         assert tabled.get(name) == wanted, name
-    calls = (tip.Rule.__call__, {"self", "stats", *WHERE}), (tip.Kept.slots, {"self", "capacity"})
+    of_stats = {"self", "stats", *WHERE}
+    calls = [(tip.Rule.__call__, of_stats), (tip.weights.Weight.__call__, of_stats)]
+    calls += [(tip.Kept.slots, {"self", "capacity"})]
     for call, known in calls:
         assert set(inspect.signature(call).parameters) == known
     with pytest.raises(ValueError, match=r"^backend: expected 'eager' or 'triton', got"), tip.backend("cuda"):

@@ -251,8 +251,9 @@ def test_sections_of_a_docstring_are_read():
     assert entries(docstring, "Returns") == {"e"} and not entries(docstring, "Raises")
 
 
-PUBLIC = {name: getattr(tip, name) for name in tip.__all__}
-METHODS = [tip.Rule.__call__, tip.Rule.capacity, tip.Kept.slots, tip.AdaptiveFocus.update]
+PUBLIC = {name: getattr(tip, name) for name in tip.__all__ if name != "weights"}
+PUBLIC |= {f"weights.{name}": getattr(tip.weights, name) for name in tip.weights.__all__ if name != "Weight"}
+METHODS = [tip.Rule.__call__, tip.weights.Weight.__call__, tip.Rule.capacity, tip.Kept.slots, tip.AdaptiveFocus.update]
 METHODS += [tip.AdaptiveFocus.load_state_dict, liger.LigerFusedLinearJSD.forward, liger.LigerFusedLinearJSDLoss.forward]
 METHODS += [trl.ChunkedDivergenceFunction.apply]
 ELSEWHERE = [transformers.head_of, transformers.distill_batch, verl.select_rows, verl.register, save_statistics]

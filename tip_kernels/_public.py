@@ -27,6 +27,7 @@ from tip_kernels.learn.divergences import (
 )
 from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.select import weights
 from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd, difficulty_temperature
 from tip_kernels.select.papers import (
     CrossEntropyRatio,
@@ -91,4 +92,5 @@ __all__ = [
     "quadrants",
     "token_importance",
     "token_stats",
+    "weights",
 ]

@@ -35,6 +35,7 @@ from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import (
     IGNORE_LABEL,
     LABEL_FIELDS,
+    STATISTICS,
     STUDENT_FIELDS,
     TEACHER_FIELDS,
     TOP_FIELDS,
@@ -43,8 +44,10 @@ from tip_kernels.stats import (
     TokenStats,
 )
 
+BEYOND_TOPK = TOP_FIELDS | {"margin_t", "agree", "lse_t"}  # what a TopK does not tell of its teacher
 T = TypeVar("T")
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
+RowWeights = Tensor | Callable[[TokenStats, Tensor, Tensor | None], Tensor]
 
 
 class Distilled(NamedTuple):
@@ -74,7 +77,7 @@ def distill(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     ce_rows: str = "kept",
-    row_weights: Tensor | None = None,
+    row_weights: RowWeights | None = None,
     temperature: Temperature = 1.0,
     temperature_sq: bool = False,
     normalizer: str | float = "kept",
@@ -105,7 +108,10 @@ def distill(
         ce_rows: "kept", or "all": CE is then its plain mean over all labelled, unmasked rows beside the divergence on
             kept ones, as the training scripts of AdaKD and ToDi have it (R41). That is a loss of its own over those
             rows: one more forward and backward product of the student's head for each.
-        row_weights: float (N,) or (B, T); gets a gradient where it requires one.
+        row_weights: float (N,) or (B, T), which gets a gradient where it requires one; or a callable
+            `(stats, row_mask, rollout_ids) -> (N,)` without a graph, such as those of tip_kernels.weights: what its
+            `needs` name is measured of all rows (without that attribute: both lse, entropies and KLs, hellinger_sq and
+            what labels add), at 1.0 where the temperature is a callable.
         temperature: A positive float, a float tensor (N,) or (B, T), or a callable `stats -> (N,)`: rows are then
             measured at 1.0 and learned at what it returns, detached (AdaKD). Divides both models' logits.
         temperature_sq: Multiplies each row's divergence by its temperature squared.
@@ -141,7 +147,9 @@ def distill(
     if not isinstance(temperature_sq, bool):
         refuse("temperature_sq", "a bool", temperature_sq)
     sweeps = _sweeps_for(pair, execution)
-    if row_weights is not None:
+    if callable(row_weights):
+        _check_weigher(row_weights, select, request)
+    elif row_weights is not None:
         row_weights = flat_rows("row_weights", row_weights, pair.student.batch_shape, FLOATS, pair.device)
     weight_into = None
     if execution.backward and isinstance(pair.student, HeadRows):
@@ -197,7 +205,8 @@ def _strategy_for(step: Step) -> tuple[Strategy, Layout | None]:
         raise ValueError(
             "sweeps: expected 2 or None, since one sweep takes a student's whole Head that needs a gradient, a teacher "
             "with logits, a temperature known beforehand, a rule known beforehand or with a quota and no generator "
-            f"(the latter on a CPU), and whole rows of logits within workspace_mib; got 1 for {step.select}"
+            f"(the latter on a CPU), weights known as early, and whole rows of logits within workspace_mib; got 1 for "
+            f"{step.select}"
         )
     return SecondSweep(), None
 
@@ -266,8 +275,24 @@ def _check(
 def _check_beside_topk(select: Rule, temperature: object) -> None:
     if callable(temperature):
         refuse("temperature", "1.0, at which the teacher's TopK gives its log-probabilities", temperature)
-    if select.needs & ({"margin_t", "agree", "lse_t"} | TOP_FIELDS):
+    if select.needs & BEYOND_TOPK:
         refuse("select", "a rule that needs no logits of the teacher, which is a TopK", select)
+
+
+def _check_weigher(weigh: Callable[..., Tensor], select: Rule, request: Request) -> None:
+    """Refuses a callable row_weights whose needs cannot be measured here."""
+    needs = getattr(weigh, "needs", frozenset())
+    known = isinstance(needs, (set, frozenset)) and needs <= set(STATISTICS)
+    if not known:
+        refuse("row_weights", f"a callable whose needs are a set of statistics ({', '.join(STATISTICS)})", needs)
+    if request.labels is None and needs & LABEL_FIELDS:
+        reader = type(weigh).__name__
+        raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
+    if request.pair.topk is not None and needs & BEYOND_TOPK:
+        refuse("row_weights", "one that needs no logits of the teacher, which is a TopK", weigh)
+    lists = [reader.top_k for reader in (select, weigh) if reader.needs & TOP_FIELDS] if needs & TOP_FIELDS else []
+    if len(set(lists)) > 1:
+        refuse("row_weights", "the top_k of the rule, since one sweep measures one, {}", lists[1], lists[0])
 
 
 def _check_normalizer(normalizer: object) -> None:
@@ -313,10 +338,17 @@ class Batch:
             self.given_mask = self.row_mask
         self.valid_rows = self.row_mask  # unmasked rows without those that a measurement found NaN
 
-    def wanted(self, rule: Rule, divergence: Divergence, everything: bool) -> tuple[frozenset[str | Blend], bool]:
-        """The fields that the rule reads, with those of the loss where they come with them; and if of both models."""
-        self.top_k = getattr(rule, "top_k", 0)
-        want = rule.needs | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
+    def wanted(
+        self, rule: Rule, weigh: object, divergence: Divergence, everything: bool
+    ) -> tuple[frozenset[str | Blend], bool]:
+        """The fields that the rule and `weigh`, where not None, read, with those of the loss where they come with them.
+
+        Returns them, and whether they are of both models.
+        """
+        self.top_k = getattr(rule, "top_k", 0) or getattr(weigh, "top_k", 0)
+        everything = everything or (weigh is not None and not hasattr(weigh, "needs"))
+        want = rule.needs | getattr(weigh, "needs", frozenset())
+        want = want | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
         with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
         if self.labels is not None and want:
             want = want | (LABEL_FIELDS if with_teacher else {"logp_s"})
@@ -440,7 +472,7 @@ class Step:
     select: Rule
     objective: Objective
     options: GradOptions
-    row_weights: Tensor | None  # (N,)
+    row_weights: RowWeights | None  # (N,), or what gives them
     normalizer: str | float
     temperature_of: Callable[[TokenStats], Tensor] | None  # of the learned rows, where that follows from statistics
     sweeps: int | None
@@ -452,18 +484,28 @@ class Step:
         leaves = self.batch.pair.student.leaves
         self.need = tuple([leaf.requires_grad for leaf in leaves]) if torch.is_grad_enabled() else ()
         everything = self.full_stats or self.temperature_of is not None
+        weigh = self.row_weights if callable(self.row_weights) else None
         # what all rows are measured for, and whether that takes the teacher
-        self.want, self.with_teacher = self.batch.wanted(self.select, self.objective.divergence, everything)
+        self.want, self.with_teacher = self.batch.wanted(self.select, weigh, self.objective.divergence, everything)
         # the fields that the loss needs of kept rows
         self.late = self.objective.divergence.needs | frozenset({"logp_s"} if self.objective.ce_weight else ())
         keeps_all = isinstance(self.select, KeepAll)
-        # whether the rule can choose before anything is measured
-        self.knows_rows = not self.select.needs and self.temperature_of is None
+        # whether the rule can choose, and rows be weighed, before anything is measured
+        reads = self.select.needs or (weigh is not None and getattr(weigh, "needs", True))
+        self.knows_rows = not reads and self.temperature_of is None
         self.knows_rows = self.knows_rows and (keeps_all or not self.full_stats)
         self.measures_all = keeps_all if self.knows_rows else self.with_teacher  # in one sweep
 
     def choose(self, stats: TokenStats) -> Kept:
         return self.select(stats, row_mask=self.batch.row_mask, rollout_ids=self.batch.rollout_ids)
+
+    def weigh(self, stats: TokenStats) -> None:
+        """Puts (N,) weights in the place of the callable that gives them."""
+        if callable(self.row_weights):
+            with torch.no_grad():
+                weights = self.row_weights(stats, self.batch.row_mask, self.batch.rollout_ids)
+            shape, device = self.batch.pair.student.batch_shape, self.batch.pair.device
+            self.row_weights = flat_rows("row_weights", weights, shape, FLOATS, device).detach()
 
     def weights(self, ids: Tensor, real: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """(S,) weights of the rows ids, 0 where not real or not finite, and where they are finite."""
@@ -484,6 +526,7 @@ class Step:
         """The choice of a rule that knows its rows, with the slots of its rows and which of them are real."""
         unmeasured = self.batch.record({}, self.objective.temperature, partial=True)
         kept = self.choose(unmeasured)
+        self.weigh(unmeasured)
         return kept, *self.batch.slots(kept, self.select)
 
     @_once
@@ -495,6 +538,7 @@ class Step:
             kept, ids, real = self.known
         else:
             kept = self.choose(stats)
+            self.weigh(stats)
             ids, real = batch.slots(kept, self.select)
         if self.temperature_of is not None:
             shape, device = batch.pair.student.batch_shape, batch.pair.device

@@ -38,7 +38,7 @@ from tip_kernels.learn.gradient_sweep import (
     saved,
 )
 from tip_kernels.measure.sweep import measure
-from tip_kernels.select.rule import Kept, QuotaRule
+from tip_kernels.select.rule import KeepAll, Kept, QuotaRule, Rule
 from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows, columns_of
 from tip_kernels.stats import Blend, Fields, TokenStats
 
@@ -313,15 +313,18 @@ class StashedRows:
     def fits(self, step: Step) -> Layout | None:
         """The layout for measuring all rows with a stash for the rule's choice, or None where that is not to be had.
 
+        A KeepAll comes here where its rows' weights follow from statistics.
+
         Ranking by block reads counts on the host, which is free on a CPU alone; a random rule would draw more than
         once, and ranks would have to choose together as often as the one with most rows.
         """
         batch, rule, pair = step.batch, step.select, step.batch.pair
         if step.sweeps == 2 or step.temperature_of is not None or step.knows_rows:
             return None
-        if pair.device.type != "cpu" or pair.backend != "eager" or not isinstance(rule, QuotaRule) or not rule.needs:
+        if pair.device.type != "cpu" or pair.backend != "eager":
             return None
-        if hasattr(rule, "generator") or rule.scope == "global":
+        ranks_rows = isinstance(rule, QuotaRule) and rule.needs
+        if not isinstance(rule, KeepAll) and (not ranks_rows or hasattr(rule, "generator") or rule.scope == "global"):
             return None
         n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
         capacity = rule.capacity(batch.n_rows, batch.n_rollouts)
@@ -386,6 +389,7 @@ class StashingBlocks(RowBlocks):
         held = stash.owner[: ids.numel()]
         if not step.with_teacher:
             self._learn_from_logits(held)
+        step.weigh(self.stats)
         weights, _ = step.weights(ids, torch.ones_like(ids, dtype=torch.bool), kept)
         weights = weights * self.losses[ids].isfinite()
         total = self.batch.normalizer(step.normalizer, weights)
@@ -405,8 +409,10 @@ class StashingBlocks(RowBlocks):
             self.dlogits(rows, torch.arange(rows.numel()), z_s, z_t, out=z_s, places=None)
 
 
-def loosened(rule: QuotaRule) -> QuotaRule:
-    """The same rule with a quota SLACK times as large."""
+def loosened(rule: Rule) -> Rule:
+    """The same rule with a quota, where it has one, SLACK times as large."""
+    if not isinstance(rule, QuotaRule):
+        return rule
     return replace(
         rule, keep=math.ceil(SLACK * rule.keep) if isinstance(rule.keep, int) else min(1.0, SLACK * rule.keep)
     )

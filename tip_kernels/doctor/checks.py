@@ -24,6 +24,7 @@ from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import TVD, ForwardKL, ReverseKL
 from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.select import weights
 from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd, difficulty_temperature
 from tip_kernels.select.papers import (
     CrossEntropyRatio,
@@ -361,6 +362,71 @@ def _distill_listed(case: Case) -> Iterator[Compared]:
     yield from source.compared(out.loss, leaves, right)
 
 
+# (weight by its sampling log-probabilities, formula of (values, row, valid rows of its rollout before it, all of them,
+# valid rows of the batch))
+WEIGHTS: dict[str, tuple[Callable, Callable]] = {
+    "TeacherConfidence": (
+        lambda logp: weights.TeacherConfidence(0.2, zero_at=5.0),
+        lambda x, i, before, rollout, every: max(0.2, 1 - x["entropy_t"][i] / 5.0),
+    ),
+    "ConfidenceProduct": (
+        lambda logp: weights.ConfidenceProduct(),
+        lambda x, i, before, rollout, every: (
+            _confidences(x, i, every) / (sum(_confidences(x, j, every) for j in every) / len(every))
+        ),
+    ),
+    "PrefixDecay": (
+        lambda logp: weights.PrefixDecay(2.0),
+        lambda x, i, before, rollout, every: 3 - 2 * _log_ratios(x, before) / _log_ratios(x, rollout),
+    ),
+    "LogRatioSigmoid": (
+        lambda logp: weights.LogRatioSigmoid(0.5),
+        lambda x, i, before, rollout, every: 1 / (1 + math.exp(0.5 * (x["logp_s"][i] - x["logp_t"][i]))),
+    ),
+    "ImportanceRatio": (
+        lambda logp: weights.ImportanceRatio(logp, 0.5, 2.0),
+        lambda x, i, before, rollout, every: min(2.0, max(0.5, math.exp(x["logp_s"][i] - x["rollout_logp"][i]))),
+    ),
+    "PositionDecay": (
+        lambda logp: weights.PositionDecay(3.0),
+        lambda x, i, before, rollout, every: 0.5 ** (len(before) / 3.0),
+    ),
+    "DriftDecay": (
+        lambda logp: weights.DriftDecay(0.1, drop=0.2, top_k=TOP_K),
+        lambda x, i, before, rollout, every: (
+            0.5 + max(0.0, 1 - 0.2 * sum(x["mass_t_on_top_s"][j] < 0.1 for j in [*before, i]))
+        ),
+    ),
+}
+
+
+def _confidences(x: Values, i: int, every: list[int]) -> float:
+    top_s, top_t = (max(x[name][j] for j in every) for name in ("entropy_s", "entropy_t"))
+    return (2 - x["entropy_t"][i] / top_t) * (1 + x["entropy_s"][i] / top_s)
+
+
+def _log_ratios(x: Values, rows: list[int]) -> float:
+    return sum(abs(x["logp_t"][j] - x["logp_s"][j]) for j in rows)
+
+
+def _weights(name: str, case: Case) -> Iterator[Compared]:
+    _counts_in_float64(case.device)
+    make, formula = WEIGHTS[name]
+    stats, x = _measured(case)
+    rollout_logp = stats.logp_s.cpu() + torch.linspace(-1.0, 1.0, case.n_rows)
+    x["rollout_logp"] = rollout_logp.tolist()
+    weight = make(rollout_logp.to(case.device))
+    ours = weight(stats, case.mask.to(case.device), case.rollouts.to(case.device)).cpu()
+    known = [not any(math.isnan(x[field][i]) for field in weight.needs) for i in range(case.n_rows)]
+    every = [i for i in range(case.n_rows) if case.mask[i] and known[i]]
+    ids, right = case.rollouts.tolist(), []
+    for i in every:
+        rollout = [j for j in every if ids[j] == ids[i]]
+        right.append(formula(x, i, [j for j in rollout if j < i], rollout, every))
+    truth = torch.tensor(right, dtype=torch.float64)
+    yield Compared("weights", ours[every], truth, truth.float())
+
+
 def _adakd(case: Case) -> Iterator[Compared]:
     _counts_in_float64(case.device)
     source, mask = case.head, case.mask
@@ -428,6 +494,7 @@ CHECKS: dict[str, Check] = {
     "token_importance": _importance,
     **{f"select {name}": partial(_rule, name) for name in RULES},
     "quadrants": _quadrants,
+    **{f"weights {name}": partial(_weights, name) for name in WEIGHTS},
     **{
         f"divergence_loss {name}, {source}": partial(_learn, name, source)
         for name in truth.DIVERGENCES

@@ -6,6 +6,7 @@ S kept rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from tip_kernels.sources.pair import Head, Pair, Request
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import LABEL_FIELDS, LISTED_FIELDS, NORMALIZER_FIELDS, Blend, Fields, TokenStats
 
+Weigher = Callable[[TokenStats, None, None], Tensor]
+
 
 def divergence_loss(
     student: Tensor | Head,
@@ -31,7 +34,7 @@ def divergence_loss(
     kept: Kept | None = None,
     stats: TokenStats | None = None,
     temperature: float | Tensor = 1.0,
-    row_weights: Tensor | None = None,
+    row_weights: Tensor | Weigher | None = None,
     grad_logits: str = "dense",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -52,7 +55,10 @@ def divergence_loss(
         stats: token_stats of the same sources: its values and normalisers are reused where it was measured at this
             temperature and holds what the divergence needs; else the kept rows are measured again.
         temperature: A positive float, or a float tensor (N,) or (B, T); divides both models' logits.
-        row_weights: float (N,) or (B, T), multiplies each row's loss; kept.row_weights is left to the caller.
+        row_weights: float (N,) or (B, T), multiplies each row's loss; or a callable such as those of
+            tip_kernels.weights, called as row_weights(stats, None, None) without a graph, which takes stats. Masked
+            rows, or several rollouts of (N,) rows, are its own business: `lambda stats, *_: weight(stats, row_mask,
+            rollout_ids)`. kept.row_weights is left to the caller.
         grad_logits: How a student given as logits gets its gradient: "dense" (N, V); "compact", for an (N, V) leaf: a
             sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the logits' own
             storage, which then no longer holds logits. A Head takes "dense" only.
@@ -86,9 +92,17 @@ def divergence_loss(
             temperature=request.temperature, workspace=request.workspace,
         )  # fmt: skip
     loss = row_loss(pair, objective, RowsToLearn(ids, measured), GradOptions(request.workspace, grad_logits))
-    if row_weights is None:
-        return loss
-    return loss * flat_rows("row_weights", row_weights, pair.student.batch_shape, FLOATS, pair.device)[ids]
+    return loss if row_weights is None else loss * _weights(row_weights, stats, pair)[ids]
+
+
+def _weights(given: Tensor | Weigher, stats: TokenStats | None, pair: Pair) -> Tensor:
+    """(N,) the weights given, or what the callable given makes of the statistics."""
+    if callable(given):
+        if stats is None:
+            refuse("stats", "token_stats of the same sources, since a callable row_weights reads them", stats)
+        with torch.no_grad():
+            given = given(stats, None, None)
+    return flat_rows("row_weights", given, pair.student.batch_shape, FLOATS, pair.device)
 
 
 def row_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: GradOptions) -> Tensor:
