@@ -528,8 +528,10 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path, rule):
 
 
 def test_adakd_keeps_by_its_ratio_and_a_resumed_run_goes_on_with_it_bit_for_bit(tmp_path, monkeypatch):
-    lively = functools.partial(AdaptiveFocus, beta=0.0, tolerance=0.0, step=0.3)
-    monkeypatch.setattr("tip_kernels.select.adakd.AdaptiveFocus", lively)
+    def lively(settings: Settings) -> AdaptiveFocus:
+        return AdaptiveFocus(warmup=settings.warmup, beta=0.0, tolerance=0.0, step=0.3)
+
+    monkeypatch.setattr(Settings, "make_focus", lively)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     adakd = ["--preset", "adakd", "--warmup", 1, *SMALL]
     assert opd("--steps", 6, *adakd, "--output", whole) == 0
