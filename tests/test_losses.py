@@ -12,6 +12,7 @@ from _cases import (
     INF,
     NAN,
     PAIRS,
+    STATISTIC_FLOOR,
     HeadCase,
     Products,
     check_gradient,
@@ -88,7 +89,9 @@ def check_logits(s: Tensor, t: Tensor, divergence: str, **options) -> None:
     finite = loss.detach().isfinite()
     torch.where(finite, weights * loss, 0.0).sum().backward()
     truth, eager = through_reference(s, t, value, weights * finite, options.get("temperature", 1.0))
-    no_worse(loss.detach(), eager[0], truth[0], "loss")
+    no_worse(
+        loss.detach(), eager[0], truth[0], "loss", max(1, sum(factor for factor, _ in ours.terms)) * STATISTIC_FLOOR
+    )
     largest = s[s.isfinite()].abs().amax().item()
     row_weight = 2.0 * sum(factor for factor, _ in ours.terms)
     check_gradient(student.grad, eager[1][0], truth[1][0], "logits", largest_logit=largest, row_weight=row_weight)

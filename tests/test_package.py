@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import tomllib
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -21,6 +20,11 @@ import pytest
 import tip_kernels as tip
 from tip_kernels import __main__ as command
 from tip_kernels import _versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ([], *([name] for name in command.COMMANDS))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,11 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tip_kernels import _versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +64,30 @@ def test_tested_versions_are_at_or_above_the_floor_and_dated(package):
         assert Version(version) >= Version(_versions.FLOORS[package])
         assert _versions.fault(package, version) is None
         assert len(day) == 10
+
+
+def test_readme_states_the_versions_that_were_run():
+    table = (ROOT / "README.md").read_text().partition("<!-- versions -->\n")[2].partition("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    stated: dict[str, dict[str, str]] = {}
+    for row in (dict(zip(map(str.lower, head), cells, strict=True)) for cells in rows):
+        assert row["result"].endswith("passed"), row
+        for package in _versions.TESTED:
+            if row[package]:
+                days = stated.setdefault(package, {})
+                days[row[package]] = max(days.get(row[package], ""), row["on"])
+    assert stated == _versions.TESTED
+
+
+def test_every_environment_is_in_a_workflow_and_runs_files_that_exist():
+    described = (ROOT / "noxfile.py").read_text()
+    files = re.findall(r'"(tests/\w+\.py)"', described)
+    assert files and all((ROOT / file).is_file() for file in files)
+    hosted = "".join(file.read_text() for file in (ROOT / ".github" / "workflows").glob("*.yml"))
+    for options, name in re.findall(r"@nox\.session(.*)\ndef (\w+)", described):
+        pythons = re.findall(r'"(3\.\d+)"', options)
+        for session in [f"{name}-{python}" for python in pythons] or [name]:
+            assert re.search(rf"session: \[.*\b{re.escape(session)}\b.*\]", hosted), session
 
 
 def test_check_names_the_first_that_cannot_be_used_in_one_line(monkeypatch):

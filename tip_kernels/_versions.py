@@ -19,7 +19,7 @@ class Broken(NamedTuple):
     reason: str
 
 
-FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.5.4", "trl": "1.16"}
+FLOORS = {"torch": "2.10", "triton": "3.6", "transformers": "5.5.4", "trl": "1.16"}
 KNOWN_BAD: dict[str, tuple[Broken, ...]] = {
     "transformers": (Broken("5.0", "5.5.4", "its Trainer takes 1/gradient_accumulation_steps of the gradient"),),
 }

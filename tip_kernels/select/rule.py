@@ -13,7 +13,7 @@ Rows are flat, in order b*T + t. Nothing here synchronises with the host, except
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,13 @@ class Rule:
     """
 
     needs = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        cls.__hash__ = Rule.__hash__  # set, so that dataclass makes none
+
+    def __hash__(self) -> int:
+        """Of class and fields; torch.compile of 2.10 takes it of a rule that a graph has not given its fields yet."""
+        return hash((type(self), *(getattr(self, f.name, None) for f in fields(self))))
 
     def __call__(self, stats: TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None) -> Kept:
         """Chooses rows, on the device and without synchronising.
