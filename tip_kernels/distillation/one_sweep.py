@@ -106,7 +106,8 @@ def layout_for(step: Step, n_rows: int, slots: int = 0) -> Layout | None:
 
     def wide_sum(blocks: int) -> bool:
         narrow = dtype != torch.float32 and (blocks > 1 or dtype == torch.float16)
-        return need[1] and (into or narrow)
+        divided_later = into and not slots and isinstance(step.normalizer, str)
+        return need[1] and (divided_later or narrow)
 
     return divided(workspace, n_rows, slots, pair.vocab, widths, pair.device.type, wide_sum, reusable)
 
