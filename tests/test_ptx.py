@@ -75,8 +75,8 @@ def planted(tmp_path_factory) -> dict[str, dict[str, tuple[str, str]]]:
     return found
 
 
-# Since a sum goes by neighbours the executor reports a race in the sound form on four warps too, a configuration that no
-# kernel is launched with; whether equal values are stored twice or the report is right is not known yet.
+# Since a sum goes by neighbours the executor reports a race in the sound form on four warps too, which no kernel is
+# launched with; whether equal values are stored twice or the report is right is not known yet.
 FOUR_WARPS = pytest.mark.xfail(strict=True, reason="the sound form on four warps is reported, too")
 
 
