@@ -24,11 +24,23 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from _cases import EVERY_FIELD, HEADS, INF, NAN, PAIRS, distill, head_case, labels_for, leaf, normal, relative_error
-from _interpreter import fuse_multiply_adds
 from torch import Tensor
 
 import tip_kernels as tip
+from tests._cases import (
+    EVERY_FIELD,
+    HEADS,
+    INF,
+    NAN,
+    PAIRS,
+    distill,
+    head_case,
+    labels_for,
+    leaf,
+    normal,
+    relative_error,
+)
+from tests._interpreter import fuse_multiply_adds
 from tip_kernels.plan import wire
 from tip_kernels.sources.pair import HeadBlock
 from tip_kernels.stats import STATISTICS

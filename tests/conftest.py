@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from _interpreter import fuse_multiply_adds
+
+from tests._interpreter import fuse_multiply_adds
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cases import INF, NAN, check_gradient, head_case, leaf, ordinary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
+from tests._cases import INF, NAN, check_gradient, head_case, leaf, ordinary
 from tip_kernels.select.adakd import AdaptiveFocus, adakd, difficulty_temperature
 
 checked = settings(deadline=None, max_examples=60, derandomize=True)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import check_stats, distill, head_case, labels_for, normal
 
 import tip_kernels as tip
+from tests._cases import check_stats, distill, head_case, labels_for, normal
 from tip_kernels.backends import choice
 from tip_kernels.backends.triton import _launch, linear_stats
 from tip_kernels.learn import gradient_sweep as sweeps

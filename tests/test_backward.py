@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import HeadCase, distill, head_case, leaf, normal
 from torch import Tensor
 
 import tip_kernels as tip
 from bench._meter import peak_transient_mib
+from tests._cases import HeadCase, distill, head_case, leaf, normal
 
 N, V, WIDTH = 48, 3000, 32
 RULES = {"rows known": tip.KeepAll(), "speculated": tip.SoftOr(0.3), "teacher late": tip.TopEntropy(0.3)}

@@ -11,10 +11,10 @@ from operator import attrgetter
 
 import pytest
 import torch
-from _cases import HOW, distill
 from torch import Tensor
 
 import tip_kernels as tip
+from tests._cases import HOW, distill
 from tip_kernels.__main__ import main
 
 N, V, H = 6, 20, 8

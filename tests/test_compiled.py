@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from _cases import distill, leaf, normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
+from tests._cases import distill, leaf, normal
 from tip_kernels.backends.triton._family import KINDS
 from tip_kernels.backends.triton.linear_stats import linear_stats
 from tip_kernels.backends.triton.row_grad import Label, Term, row_grad

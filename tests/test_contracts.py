@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import numpy as np
 import pytest
 import torch
-from _cases import INF, NAN, distill, leaf, normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tip_kernels as tip
+from tests._cases import INF, NAN, distill, leaf, normal
 from tip_kernels.distillation import one_sweep
 
 Inputs = dict[str, Tensor]

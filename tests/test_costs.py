@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import distill, head_case
 
 import tip_kernels as tip
+from tests._cases import distill, head_case
 from tip_kernels.__main__ import main
 from tip_kernels.plan import costs, wire
 

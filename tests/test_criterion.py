@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import leaf, normal, relative_error
 
 import reference as ref
 import tip_kernels as tip
+from tests._cases import leaf, normal, relative_error
 
 N, V, H = 60, 50, 8
 

@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _cases import (
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     INF,
     NAN,
     HeadCase,
@@ -22,11 +27,6 @@ from _cases import (
     ordinary,
     relative_error,
 )
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-import reference as ref
-import tip_kernels as tip
 from tip_kernels.stats import STATISTICS
 
 PUBLIC = STATISTICS

@@ -9,7 +9,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from _cases import (
+from torch import Tensor
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     INF,
     NAN,
     PAIRS,
@@ -22,10 +26,6 @@ from _cases import (
     normal,
     ordinary,
 )
-from torch import Tensor
-
-import reference as ref
-import tip_kernels as tip
 
 Value = Callable[[Tensor, Tensor], Tensor]
 

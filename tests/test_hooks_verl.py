@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from _cases import distill
 
 import tip_kernels as tip
+from tests._cases import distill
 from tip_kernels.hooks import verl as hook
 
 B, L, V, K = 3, 7, 40, 6

@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import house
 import pytest
 
 import tip_kernels as tip
+from tests import house
 from tip_kernels.compat import liger, trl
 from tip_kernels.hooks import transformers, verl
 from tip_kernels.inspect import save_statistics

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import INF, NAN, head_case, labels_for, leaf, no_worse, ordinary
 from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
 from reference import select
+from tests._cases import INF, NAN, head_case, labels_for, leaf, no_worse, ordinary
 from tip_kernels.distillation.importance import token_importance
 
 READS = {

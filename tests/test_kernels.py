@@ -18,11 +18,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from _cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, normal, ordinary
 from torch import Tensor
 
 import reference as ref
 from reference import divergences
+from tests._cases import INF, NAN, PAIRS, STATISTIC_FLOOR, ULP, check_gradient, no_worse, normal, ordinary
 from tip_kernels.backends.triton._family import KINDS, LN2
 from tip_kernels.backends.triton._online import C
 from tip_kernels.backends.triton.linear_stats import linear_stats

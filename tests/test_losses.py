@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _cases import (
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     HEADS,
     INF,
     NAN,
@@ -23,11 +28,6 @@ from _cases import (
     normal,
     ordinary,
 )
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-import reference as ref
-import tip_kernels as tip
 from tip_kernels.select.rule import Kept
 
 DIVERGENCES = {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import (
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     HEADS,
     INF,
     NAN,
@@ -18,9 +21,6 @@ from _cases import (
     no_worse,
     normal,
 )
-
-import reference as ref
-import tip_kernels as tip
 from tip_kernels.distillation import one_sweep
 
 N, V, WIDTH_S, WIDTH_T = 40, 1300, 32, 48

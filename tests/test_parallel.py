@@ -13,14 +13,14 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import _ranks
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _cases import head_case
 
 import tip_kernels as tip
+from tests import _ranks
+from tests._cases import head_case
 from tip_kernels.distillation.distill import Batch
 from tip_kernels.sources.pair import Request
 
@@ -90,9 +90,10 @@ def test_no_graph_keeps_a_process_group(tmp_path):
 
 def test_twenty_runs_that_end_with_a_loss_at_hand_end_with_code_0(tmp_path):
     """torch aborts, now and then, a process at whose exit a group is left."""
-    run = [sys.executable, "-c", f"import _ranks; _ranks.end_runs({str(tmp_path)!r}, 20)"]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    done = subprocess.run(run, capture_output=True, text=True, env=alone() | {"PYTHONPATH": paths})
+    run = [sys.executable, "-c", f"from tests import _ranks; _ranks.end_runs({str(tmp_path)!r}, 20)"]
+    done = subprocess.run(
+        run, capture_output=True, text=True, env=alone() | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == [0] * 40, done.stderr[-2000:]
 

@@ -2,7 +2,7 @@
 
 A case is a small frozen record from which every tensor follows, so a failure prints one line that makes it again:
 
-    python -c "from test_properties import *; check(Case(...))"          (in tests/)
+    python -c "from tests.test_properties import *; check(Case(...))"
 
 300 cases by default, 10,000 with --long; seeds are fixed, so a run is repeatable.
 """
@@ -18,15 +18,15 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from _cases import INF, NAN, STATISTIC_FLOOR, ULP, check_gradient, distill, no_worse
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from test_divergences import FAMILY, SCALE
 from torch import Tensor
 
 import reference as ref
 import tip_kernels as tip
 from reference import select as ref_select
+from tests._cases import INF, NAN, STATISTIC_FLOOR, ULP, check_gradient, distill, no_worse
+from tests.test_divergences import FAMILY, SCALE
 from tip_kernels.distillation import one_sweep
 from tip_kernels.select.rule import Kept
 from tip_kernels.sources import pair
@@ -772,7 +772,7 @@ def test_random_cases_are_no_worse_than_the_bound(shard):
         try:
             check(case)
         except Exception:
-            print(f'python -c "from test_properties import *; check({case!r})"')
+            print(f'python -c "from tests.test_properties import *; check({case!r})"')
             raise
 
     run()

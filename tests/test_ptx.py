@@ -16,12 +16,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_kernels import FAR
-
 from tests.ptx import arithmetic, driver
 from tests.ptx.errors import Fault, Unsupported
 from tests.ptx.machine import Kernel
 from tests.ptx.planted import PLANTED
+from tests.test_kernels import FAR
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"fold_kernel", "finish_kernel", "sums_kernel", "add_parts_kernel", "grad_kernel"}

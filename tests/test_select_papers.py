@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from _cases import INF, NAN, labels_for, ordinary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tip_kernels as tip
 from reference import select as ref
+from tests._cases import INF, NAN, labels_for, ordinary
 from tip_kernels.select.papers import CrossEntropyRatio, EntropyGap, GreedyAgreement, PositionPrefix, Teachability
 from tip_kernels.select.rule import QuotaRule
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cases import (
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     EVERY_FIELD,
     HEADS,
     INF,
@@ -28,11 +33,6 @@ from _cases import (
     normal,
     ordinary,
 )
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-import reference as ref
-import tip_kernels as tip
 from tip_kernels.stats import STATISTICS
 
 ROOT = Path(__file__).parents[1]

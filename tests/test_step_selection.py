@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from _cases import leaf, normal
 
 import tip_kernels as tip
+from tests._cases import leaf, normal
 
 B, T, V = 16, 9, 40
 FIELDS = ("entropy_s", "kl_fwd", "kl_rev")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import distill, leaf, normal
 from torch import Tensor
 
 import tip_kernels as tip
 from reference import divergences
+from tests._cases import distill, leaf, normal
+from tip_kernels.learn import gradient_sweep
 
 N, V, SURE = 4, 300, 7
 MARGINS = (8, 12, 16, 20, 24, 30, 40)
@@ -81,9 +82,11 @@ def test_gradients_of_sure_rows_are_those_of_float64(divergence, source, right):
             assert (weight.grad.t().double() - truth).norm() <= 4e-5 * truth.norm()
 
 
+@pytest.mark.parametrize("step", [1, 3, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_sure_rows_entry_reaches_both_leaves_of_a_16_bit_head(dtype):
-    """Two rows share their sure token, whose sum is made in fp32 and rounded once."""
+def test_a_sure_rows_entry_reaches_both_leaves_of_a_16_bit_head(dtype, step, monkeypatch):
+    """Rows share their sure token, whose sum is made in fp32 and rounded once, in however many steps."""
+    monkeypatch.setattr(gradient_sweep, "ENTRY_ROWS", step)
     z_s, z_t = sure_pair(16.0, True)
     z_s[-1, SURE] = 0.0  # a row that is not sure has an entry of its own there
     hidden, weight = torch.eye(N).repeat(2, 1), z_s.t().contiguous()

@@ -8,7 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import (
+from torch import Tensor
+
+import reference as ref
+import tip_kernels as tip
+from tests._cases import (
     INF,
     NAN,
     PAIRS,
@@ -21,10 +25,6 @@ from _cases import (
     ordinary,
     relative_error,
 )
-from torch import Tensor
-
-import reference as ref
-import tip_kernels as tip
 from tip_kernels.hooks import verl
 from tip_kernels.sources.topk import TopK
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _cases import distill, head_case
 from torch import Tensor
 
 import reference
 import tip_kernels as tip
+from tests._cases import distill, head_case
 
 W = tip.weights
 B, T, V, K = 3, 9, 41, 4

@@ -600,7 +600,7 @@ class HeadGradients:
     def add_entries(self, tokens: Tensor, values: Tensor) -> None:
         """Takes in g of one token of each of the rows ids: tokens (S,), -1 for none, and values (S,) fp32."""
         student, columns = self.student, tokens - self.student.first
-        if student.columns == 0:  # a rank's share may be empty
+        if student.columns == 0 or len(tokens) == 0:  # a rank's share may be empty
             return
         here = (columns >= 0) & (columns < student.columns)
         columns, values = columns.clamp(0, student.columns - 1), torch.where(here, values, 0.0)
@@ -615,16 +615,30 @@ class HeadGradients:
             for ids, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.ids, columns, values)), strict=True):
                 self.weight.index_add_(0, at, _scaled(self._hidden_at(ids), g))
             return
-        found, group = torch.unique(columns, return_inverse=True)  # a token's sum is made in fp32 and rounded once
-        order = group.argsort()
-        counts = torch.bincount(group, minlength=found.numel()).split(ENTRY_ROWS)
-        ends = torch.stack([count.sum() for count in counts]).tolist()
-        for i, (at, rows) in enumerate(zip(found.split(ENTRY_ROWS), order.split(ends), strict=True)):
-            total = torch.zeros(at.numel(), student.width, device=columns.device)
-            for some in rows.split(ENTRY_ROWS):
-                hidden = _scaled(self._hidden_at(self.ids[some]), values[some])
-                total.index_add_(0, group[some] - i * ENTRY_ROWS, hidden)
-            self.weight[at] += total.to(self.weight.dtype)
+        self._add_rounded_once(columns, values)
+
+    def _add_rounded_once(self, columns: Tensor, values: Tensor) -> None:
+        """Entries into a weight narrower than fp32: a token's sum is made in fp32, over the steps of this walk, too."""
+        order = columns.argsort(stable=True)
+        columns = columns[order]
+        group = torch.zeros_like(columns)
+        torch.cumsum(columns[1:] != columns[:-1], 0, out=group[1:])
+        steps = list(zip(*(x.split(ENTRY_ROWS) for x in (order, columns, group)), strict=True))
+        begun = torch.zeros(
+            1, self.student.width, device=columns.device
+        )  # sum of a token that goes on in the next step
+        for i, (rows, at, groups) in enumerate(steps):
+            slot = groups - groups[0]
+            token = torch.zeros_like(at).scatter_(0, slot, at)
+            total = torch.zeros(len(at), self.student.width, device=columns.device)
+            total.index_add_(0, slot, _scaled(self._hidden_at(self.ids[rows]), values[rows]))
+            total[:1] += begun
+            if i + 1 < len(steps):
+                last = total[slot[-1:]]
+                goes_on = steps[i + 1][2][0] == groups[-1]
+                begun = torch.where(goes_on, last, 0.0)
+                total.index_copy_(0, slot[-1:], torch.where(goes_on, 0.0, last))
+            self.weight.index_add_(0, token, total.to(self.weight.dtype))
 
     def _hidden_at(self, ids: Tensor) -> Tensor:
         """Hidden states (len(ids), H) as the products take them, in fp32."""

@@ -108,5 +108,8 @@ def remove(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
