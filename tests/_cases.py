@@ -19,9 +19,10 @@ import tip_kernels as tip
 
 INF, NAN = math.inf, math.nan
 STATISTIC_FLOOR = 2e-6
-ULP = (
-    2.0**-22
-)  # of fp32, relative: a value of 100 cannot be given to 2e-6, so the floor grows by two steps of the value
+# Of fp32, relative: a value of 100 cannot be given to 2e-6, so the floor grows by two steps of the value.
+ULP = 2.0**-22
+# A Mamba's plain torch form makes a tensor of chunk x chunk x state a row and head: by default, 17 GB a backward.
+SMALL_MAMBA = {"mamba_chunk_size": 16, "mamba_d_state": 16}
 EVERY_FIELD = {"margins": True, "top_k": 5}
 PAIR_FIELDS = ("kl_fwd", "kl_rev", "hellinger_sq")
 

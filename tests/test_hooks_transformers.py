@@ -9,6 +9,7 @@ from torch import nn
 
 import tip_kernels as tip
 from bench._meter import peak_transient_mib
+from tests._cases import SMALL_MAMBA
 from tip_kernels.hooks.transformers import distill_batch, head_of
 
 transformers = pytest.importorskip("transformers")
@@ -27,8 +28,6 @@ SIZES = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-# Its plain torch form makes a tensor of chunk x chunk x state a row and head: with the defaults, 17 GB a backward.
-SMALL_MAMBA = {"mamba_chunk_size": 16, "mamba_d_state": 16}
 MODELS = {  # settings strong enough that a loss without them is another one
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import tip_kernels as tip
+from tests._cases import SMALL_MAMBA
 from tip_kernels import __main__ as command
 from tip_kernels.distillation.registry import DIVERGENCES, RULES, divergence_of
 from tip_kernels.select.adakd import AdaptiveFocus
@@ -351,7 +352,7 @@ def tiny(folder, kind, vocab_size=24, **options):
         ("cohere", {"logit_scale": 0.5}),
         ("granite", {"logits_scaling": 8.0, "num_key_value_heads": 2}),
         ("phi", {}),  # a head with a bias
-        ("falcon_h1", {"head_dim": 16, "num_key_value_heads": 1, "lm_head_multiplier": 0.1}),
+        ("falcon_h1", {"head_dim": 16, "num_key_value_heads": 1, "lm_head_multiplier": 0.1} | SMALL_MAMBA),
         ("gpt2", {}),  # absolute positions, tied head
     ],
 )
@@ -626,7 +627,7 @@ def test_reasoning_gym_is_read_by_name_and_named_when_it_is_missing(monkeypatch)
     with pytest.raises(UsageError, match=r"argument --task: expected a reasoning-gym data set, got 'reasoning_gym:no'"):
         load_task("reasoning_gym:no", 2)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UsageError, match=r'needs reasoning-gym: pip install "tip-kernels\[tasks\]"'):
+    with pytest.raises(UsageError, match=r'reasoning_gym:sums needs reasoning-gym: .*pip install -e "\.\[tasks\]"'):
         load_task("reasoning_gym:sums", 2)
 
 

@@ -72,6 +72,16 @@ def learned() -> None:
         tip.distill(student, teacher, divergence=tip.JSD(), execution=how).loss.backward()
 
 
+def weighed() -> None:
+    """Rows weighed by what a paper computes of their statistics, as distill asks for it and by hand."""
+    student, teacher = heads()
+    labels = torch.randint(32, (2, 6))
+    by_position: list[tip.weights.Weight] = [tip.weights.TeacherConfidence(floor=0.2), tip.weights.PositionDecay(8.0)]
+    for weigh in by_position:
+        tip.distill(student, teacher, labels=labels, row_weights=weigh).loss.backward()
+        assert_type(weigh(tip.token_stats(student, teacher), torch.ones(2, 6, dtype=torch.bool)), Tensor)
+
+
 def adakd() -> None:
     """AdaKD: the ratio of kept rows follows the loss, each row has a temperature of its own."""
     student, teacher = heads()
@@ -104,6 +114,7 @@ def other_teachers() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     learned()
+    weighed()
     adakd()
     other_teachers()
     print(tip.__version__, len(tip.__all__))

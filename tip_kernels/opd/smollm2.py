@@ -48,6 +48,9 @@ def file() -> Path:
 def read() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The whole model in fp32 and its tokenizer."""
     path = file()
+    gguf = importlib.import_module("gguf")
+    if not hasattr(gguf, "__version__"):  # where transformers looks if Python 3.10's metadata names no distribution
+        gguf.__version__ = importlib.metadata.version("gguf")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
