@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+T = TypeVar("T")
 
 
 def describe(value: object) -> str:
@@ -47,7 +48,7 @@ def renamed(**names: str) -> Iterator[None]:
         raise ValueError(f"{names[name]}:{rest}") from None
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """An int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -55,7 +56,8 @@ def is_int(value: object) -> bool:
 def finite_number(name: str, value: object, *, positive: bool = False) -> float:
     """value as a float; refused unless it is a finite int or float, and above 0 where asked."""
     expected = "a finite number above 0" if positive else "a finite number"
-    expect(isinstance(value, (int, float)) and not isinstance(value, bool), name, expected, value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        refuse(name, expected, value)
     try:
         number = float(value)
     except OverflowError:  # an int beyond any float
@@ -78,6 +80,12 @@ def flat_rows(
         expect(ok, name, f"a {names} tensor of shape {shapes}", value)
     expect(value.device == device, name, f"a tensor on {device}", value)
     return value.reshape(n_rows)
+
+
+def need(value: T | None) -> T:
+    """A value that is there by what was checked before."""
+    assert value is not None
+    return value
 
 
 def flag(name: str, value: object) -> None:

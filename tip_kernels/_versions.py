@@ -38,7 +38,10 @@ class VersionError(ImportError):
 
 def release(version: str) -> tuple[int, ...]:
     """The release numbers of a version without trailing zeros: (2, 13) for "2.13.0+cpu", and for "2.13.0a0+git1"."""
-    numbers = [int(number) for number in re.match(r"v?(\d+(?:\.\d+)*)", version)[1].split(".")]
+    found = re.match(r"v?(\d+(?:\.\d+)*)", version)
+    if found is None:
+        raise ValueError(f"version: expected numbers and dots first, got {version!r}")
+    numbers = [int(number) for number in found[1].split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

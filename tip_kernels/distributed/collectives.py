@@ -29,8 +29,7 @@ Fields = dict[Hashable, Tensor]  # (R, ...) of float32 or int64
 
 def is_group(group: object) -> bool:
     """Whether it is a process group that this process belongs to."""
-    known = dist.is_available() and isinstance(group, dist.ProcessGroup)
-    return known and dist.get_rank(group) >= 0
+    return dist.is_available() and isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0
 
 
 @contextmanager

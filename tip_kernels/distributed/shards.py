@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard, overload
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from tip_kernels.distributed.collectives import all_gather_ints
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,10 +84,14 @@ def shard_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: in
     return Shard(weakref.ref(group), dist.get_rank(group), tuple(bounds))
 
 
-def is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
+@overload
+def whole(x: Tensor) -> Tensor: ...
+@overload
+def whole(x: Tensor | None) -> Tensor | None: ...
 def whole(x: Tensor | None) -> Tensor | None:
     """The whole of a DTensor, gathered here and now; any other tensor as it is.
 

@@ -251,7 +251,9 @@ def _tile(label: str, form, before: float | None, value: float | None) -> dict:
 
 def _panel(column: str, curves: list[dict]) -> dict | None:
     title, share = CURVES[column]
-    series = [curve | {"colour": OKABE_ITO[i % len(OKABE_ITO)]} for i, curve in enumerate(curves) if curve["y"]]
+    series: list[dict] = [
+        curve | {"colour": OKABE_ITO[i % len(OKABE_ITO)]} for i, curve in enumerate(curves) if curve["y"]
+    ]
     for curve in series:  # an interval does not leave the values that there can be: shares end at 0 and 1
         least = 0.0 if min(curve["y"]) >= 0 else -math.inf
         curve |= {n: [min(max(v, least), 1.0 if share else math.inf) for v in curve[n]] for n in ("low", "high")}

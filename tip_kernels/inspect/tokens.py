@@ -121,7 +121,7 @@ class TokenTable:
             rollout=torch.cat([table.rollout + start for table, start in zip(tables, starts, strict=False)]),
             text=list(chain.from_iterable(table.text for table in tables)),
             statistics={
-                name: _joined([table.statistics.get(name) for table in tables], counts, math.nan) for name in names
+                name: _filled([table.statistics.get(name) for table in tables], counts, math.nan) for name in names
             },
             kept=_joined([table.kept for table in tables], counts, False),
             top_s=_joined_tops([table.top_s for table in tables], counts, places),
@@ -216,6 +216,10 @@ def _joined(columns: list[Tensor | None], counts: list[int], fill: float | bool)
     """One column after the other, with fill for each that is missing; None if all are."""
     if all(column is None for column in columns):
         return None
+    return _filled(columns, counts, fill)
+
+
+def _filled(columns: list[Tensor | None], counts: list[int], fill: float | bool) -> Tensor:
     return torch.cat([torch.full((n,), fill) if c is None else c for c, n in zip(columns, counts, strict=True)])
 
 

@@ -14,7 +14,6 @@ gradient reduce-scattered, which takes the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from tip_kernels.learn.divergences import ReverseKL
 from tip_kernels.select.rule import SoftOr
 from tip_kernels.select.tip import TopEntropy
 from tip_kernels.sources.pair import PART, tile_shape
+from tip_kernels.stats import Blend
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Collective:
         return self.calls * (self.ranks - 1 if self.op == "all-gather" else 2 * math.ceil(math.log2(self.ranks)))
 
 
-def state_words(want: frozenset[str], columns: int, kind: str) -> int:
+def state_words(want: frozenset[str | Blend], columns: int, kind: str) -> int:
     """fp32 numbers of a row that a rank with so many columns sends to merge the wanted statistics."""
     models = 2 if want - {"entropy_s"} else 1
     if kind != "cpu":
         return (11 if models == 2 else 3) * math.ceil(columns / PART)
-    tiles = [torch.zeros(1, 1) for _ in range(models)]
-    return len(Fold(1, 1, models, want, torch.device("cpu"))(*[*tiles, None][:2], 1.0))
+    fold = Fold(1, 1, models, want, torch.device("cpu"))
+    return len(fold(torch.zeros(1, 1), torch.zeros(1, 1) if models == 2 else None, 1.0))
 
 
 def collectives(
@@ -81,7 +81,9 @@ def collectives(
     rows, columns = math.ceil(tokens / data_parallel), math.ceil(vocab / vocab_parallel)
     kept = math.ceil(max(1, int(keep * tokens + 1e-6)) / data_parallel)
     want = rule.needs if entropy_rule else rule.needs | loss.needs
-    measured: Sequence[tuple[int, frozenset[str]]] = [(rows, want), *([(kept, loss.needs)] if entropy_rule else [])]
+    measured: list[tuple[int, frozenset[str | Blend]]] = [(rows, want)]
+    if entropy_rule:
+        measured.append((kept, loss.needs))
 
     def blocks(n_rows: int, models: int) -> int:
         width, workspace = sum((hidden_s, hidden_t)[:models]), int(workspace_mib * 2**20)

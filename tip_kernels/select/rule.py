@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -288,7 +288,7 @@ class QuotaRule(Rule):
         return None
 
 
-def spans_ranks(rule: Rule | None) -> bool:
+def spans_ranks(rule: Rule | None) -> TypeGuard[QuotaRule]:
     """Whether the rule ranks the rows of other ranks, too."""
     return isinstance(rule, QuotaRule) and rule.scope == "global"
 
@@ -389,7 +389,7 @@ def rollout_of_rows(rollout_ids: Tensor | None, shape: tuple[int, ...], device: 
     """(N,) int64, the rollout of each row."""
     if rollout_ids is not None:
         return flat_rows("rollout_ids", rollout_ids, shape, (torch.int64,), device)
-    tokens = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    tokens = math.prod(shape[1:] or shape)
     return torch.arange(math.prod(shape), device=device) // max(tokens, 1)
 
 
@@ -433,9 +433,11 @@ def check_group(group: object, spans: bool) -> None:
 
 
 def check_generator(generator: object, device: torch.device | None = None) -> None:
-    ok = generator is None or isinstance(generator, torch.Generator)
-    expect(ok, "generator", "a torch.Generator or None", generator)
-    if device is not None and generator is not None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        refuse("generator", "a torch.Generator or None", generator)
+    if device is not None:
         expect(generator.device.type == device.type, "generator", f"a torch.Generator on {device}", generator)
 
 

@@ -79,6 +79,8 @@ def _entries(pairs: Iterable[tuple[Any, Any]]) -> Entries:
     found: Entries = {}
     for token, value in pairs:
         value = value.get("logprob") if isinstance(value, Mapping) else getattr(value, "logprob", value)
+        if value is None:
+            _refuse((token, value))
         try:
             token, logp = int(token), float(value)
         except (TypeError, ValueError):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, renamed
+from tip_kernels.distributed.shards import whole
 from tip_kernels.sources.pair import Head, rows_of
 from tip_kernels.sources.topk import TopK
 
@@ -27,22 +28,13 @@ def head(
         ok = (x is None and name == "bias") or (isinstance(x, Tensor) and x.dtype in FLOATS)
         expect(ok, f"{model}_{name}", "a float32, bfloat16 or float16 tensor", x)
     expect(isinstance(hidden, Tensor), f"{model}_hidden", "a tensor (N, H) or (B, T, H)", hidden)
-    weight, bias = _gathered(weight), _gathered(bias)
+    weight, bias = whole(weight), whole(bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     own = {name: f"{model}_{name}" for name in ("hidden", "weight", "bias")}
     own |= {"scale": f"{model}_logit_scale", "softcap": f"{model}_final_logit_softcapping"}
     with renamed(**own):
         return Head(hidden, weight, bias, scale=scale, softcap=softcap)
-
-
-def _gathered(x: Tensor | None) -> Tensor | None:
-    """The whole of a DTensor. Its gradient is the mean over the ranks, whose rows differ (FSDP) or not (TP)."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    from torch.distributed.tensor import Partial
-
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 @torch.no_grad()

@@ -12,7 +12,9 @@ from tip_kernels.sources.pair import Head, HeadRows, LogitRows, Pair, Rows
 
 def packed(pair: Pair) -> tuple[object, ...]:
     """(leaves_s, leaves_t, [scale, softcap or 0 of each], V, dtype_s, dtype_t): what every op begins with."""
-    (leaves_s, numbers_s, dtype_s), (leaves_t, numbers_t, dtype_t) = _packed(pair.student), _packed(pair.teacher)
+    teacher = pair.teacher
+    assert teacher is None or isinstance(teacher, Rows)  # a TopK is refused under torch.compile
+    (leaves_s, numbers_s, dtype_s), (leaves_t, numbers_t, dtype_t) = _packed(pair.student), _packed(teacher)
     return leaves_s, leaves_t, numbers_s + numbers_t, pair.vocab, dtype_s, dtype_t
 
 

@@ -176,7 +176,6 @@ class Block:
     """R rows of a source."""
 
     n_rows: int
-    hidden: Tensor | None = None  # (R, H) of a head, gathered once
 
     def tile(self, v0: int, v1: int, out: Tensor, weight: Tensor | None = None) -> Tensor:
         """Logits of columns v0 to v1, fp32 (R, C), written into out; weight is their weight_tile where it is in memory.
@@ -284,7 +283,7 @@ class HeadRows(Rows):
 
 
 class HeadBlock(Block):
-    """R rows of a Head with their hidden states gathered once."""
+    """R rows of a Head with their hidden states (R, H) gathered once."""
 
     def __init__(self, source: HeadRows, rows: slice | Tensor) -> None:
         self.source = source
@@ -540,9 +539,10 @@ def row_temperature(
     checked: bool = True,
 ) -> float | Tensor:
     """A temperature as a positive float, or as a detached fp32 (N,) tensor, checked in the given rows."""
+    if isinstance(value, float) and 0.0 < value < math.inf:
+        return float(value)
     if not isinstance(value, Tensor):
-        plain = isinstance(value, float) and 0.0 < value < math.inf
-        return float(value) if plain else finite_number("temperature", value, positive=True)
+        return finite_number("temperature", value, positive=True)
     flat = flat_rows("temperature", value, batch_shape, FLOATS, device).detach().float().clone()
     if checked and not torch.compiler.is_compiling():  # the compiled op checks when it runs
         check_temperatures(flat, rows)
@@ -559,10 +559,12 @@ def check_temperatures(value: float | Tensor, rows: Tensor | None) -> None:
 
 def workspace_bytes(value: object) -> int:
     """workspace_mib as bytes."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < 1e300
-    if not plain and finite_number("workspace_mib", value) < 1:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < 1e300:
+        return int(value * 2**20)
+    number = finite_number("workspace_mib", value)
+    if number < 1:
         refuse("workspace_mib", "a number of MiB, at least 1", value)
-    return int(value * 2**20)
+    return int(number) * 2**20
 
 
 def tile_shape(
