@@ -91,7 +91,8 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
             return vector()
 
     def grad(names: str, s: torch.Tensor, t: torch.Tensor, **settings) -> torch.Tensor:
-        return row_grad(s, t, vector(), EveryRow(), terms(names), **settings)
+        balance = "softcap_s" not in settings  # as the sweep asks for it
+        return row_grad(s, t, vector(), EveryRow(), terms(names), balance=balance, **settings)
 
     def sums(name: str) -> list[dict[str, torch.Tensor]]:
         return row_sums(*pair(), EveryRow(shift_s=vector()), terms(name))

@@ -79,6 +79,7 @@ KERNEL_RISE = "test_kernels.py::test_row_stats_finds_what_rises_far_above_the_fi
 KERNEL_ONE = "test_kernels.py::test_row_stats_of_the_student_alone"
 KERNEL_FAMILY = "test_kernels.py::test_family_values_and_gradients_are_those_of_float64"
 KERNEL_GRAD = "test_kernels.py::test_gradient_is_that_of_float64_autograd"
+KERNEL_SURE = "test_kernels.py::test_gradient_of_a_sure_students_row_sums_to_zero_and_keeps_its_digits"
 KERNEL_LABEL = "test_kernels.py::test_gradient_adds_labels_and_a_cross_entropy_at_temperature_one"
 KERNEL_CAP = "test_kernels.py::test_gradient_goes_through_scale_softcap_and_row_temperature"
 DISTILL = "test_distill.py"
@@ -278,7 +279,10 @@ TRITON_ROWS = [
     ("row_grad.py", "l_t = tl.where(l_s > NEVER, l_t, NEVER)  # ", "pass  # ",
      "test_kernels.py::test_gradient_at_a_token_that_the_student_bans_is_zero_where_the_divergence_is_infinite_too"),
     ("row_grad.py", "g += tl.where(at == label[0], label[1], 0.0)", "g += 0.0", KERNEL_LABEL),
-    ("row_grad.py", "g = tl.fma(label[2], tl.exp2(", "g = tl.fma(-label[2], tl.exp2(", KERNEL_LABEL),
+    ("row_grad.py", "g = tl.fma(label[2], tl.exp2(l_1)", "g = tl.fma(-label[2], tl.exp2(l_1)", KERNEL_LABEL),
+    ("row_grad.py", "out_ptr + row * stride_out + column, -others", "out_ptr + row * stride_out + column, others", KERNEL_SURE),
+    ("row_grad.py", "g = tl.where(sure | (at >= end), 0.0, g)", "g = tl.where(at >= end, 0.0, g)", KERNEL_SURE),
+    ("row_grad.py", "if (column >= 0) & (row >= 0):", "if column >= 0:", KERNEL_SURE),
     ("row_grad.py", "g *= 1.0 - y_s * y_s", "g *= 1.0", KERNEL_CAP),
     ("row_grad.py", "((upstream != 0.0) | some) & finite & (row >= 0)", "((upstream != 0.0) | some) & (row >= 0)",
      "test_kernels.py::test_gradient_of_an_infinite_or_broken_row_is_zero"),
@@ -526,6 +530,8 @@ SURE = "test_sure_rows.py::test_gradients_of_sure_rows_are_those_of_float64"
 WEIGHTS = "test_distill.py::test_a_row_of_a_weight_that_is_not_finite_is_dropped_and_counted"
 LEARNING = [
     ("learn/gradient_sweep.py", "torch.where(sure.unsqueeze(1), 0.0, g.gather(1, place))", "g.gather(1, place)", SURE),
+    ("learn/gradient_sweep.py", "weights, balance=True, **where", "weights, balance=False, **where",
+     "test_sure_rows.py -k kernels"),
     ("learn/gradient_sweep.py", "torch.where(self.columns < 0, 0.0, -others)", "torch.where(self.columns < 0, 0.0, others)", SURE),
     ("learn/gradient_sweep.py", "values if self.slope is None else values * self.slope", "values", SURE),
     ("learn/gradient_sweep.py", "sure = z_s.amax(1) > bound", "sure = z_s.amax(1) > bound + 30", SURE),

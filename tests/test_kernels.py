@@ -686,6 +686,35 @@ def test_gradient_leaves_empty_slots_alone():
     assert (scattered[:2] == 7).all() and torch.equal(scattered[2], compact[0])
 
 
+@pytest.mark.parametrize("layout", ["new", "scattered", "in place"])
+@pytest.mark.parametrize("margin", [14.0, 25.0])
+def test_gradient_of_a_sure_students_row_sums_to_zero_and_keeps_its_digits(margin, layout):
+    """The sure token in the first chunk, at its end, in the ragged end, and a row that is not sure."""
+    z_s, z_t = ordinary(4, CHUNK + 1030)
+    sure, ids = torch.tensor([5, CHUNK - 1, CHUNK + 1029]), torch.tensor([3, 1, -1, 0, 2])
+    z_s[torch.arange(3), sure] = z_s[:3].amax(1) + margin
+    leaf = z_s.double().requires_grad_()
+    divergences.reverse_kl(leaf, z_t.double()).sum().backward()
+    truth = leaf.grad.index_put((torch.arange(3), sure), torch.tensor(0.0, dtype=torch.float64))
+    truth = truth.index_put((torch.arange(3), sure), -truth[:3].sum(1))
+
+    stats = {name: value.to(DEVICE) for name, value in measured(z_s, z_t).items()}
+    kept = {name: value[ids.to(DEVICE)] for name, value in stats.items()}
+    inplace = z_s.to(DEVICE, copy=True)
+    where = {
+        "new": {}, "scattered": {"out": torch.full_like(z_s, NAN), "scatter": True},
+        "in place": {"out": inplace, "scatter": True},
+    }[layout]  # fmt: skip
+    z = inplace if layout == "in place" else z_s
+    ours = learned(z, z_t, torch.ones(5), ["reverse_kl"], kept, row_ids=ids, balance=True, **where)
+    if layout == "new":
+        assert (ours[2] == 0).all()
+        ours = ours[[3, 1, 4, 0]]
+    error = (ours.double() - truth).norm(dim=1) / truth.norm(dim=1)
+    assert error.max() <= 1e-5, error
+    assert (ours.double().sum(1).abs() <= 1e-6 * ours.double().abs().sum(1))[:3].all()
+
+
 def test_gradient_of_no_slots_is_empty():
     z_s, z_t = ordinary(2, 300)
     stats = {name: value[:0] for name, value in row_stats(z_s.to(DEVICE), z_t.to(DEVICE)).items()}
@@ -820,7 +849,8 @@ def test_committed_table_has_no_spill_and_meets_the_targets():
     assert not [k for k, row in rows.items() if row["load_bits"] not in (None, 128) and "odd" not in k[1]]
     assert rows["fold_kernel", "pair bf16", "sm_90"]["instr_per_pair"] <= 24
     assert rows["fold_kernel", "pair bf16 margins", "sm_90"]["instr_per_pair"] <= 31
-    assert rows["grad_kernel", "jeffreys bf16", "sm_90"]["instr_per_pair"] <= 19
+    # 6 bytes a pair at an H200's rate leave 36; 6 of these are the sum that a sure student's entry is made of
+    assert rows["grad_kernel", "jeffreys bf16", "sm_90"]["instr_per_pair"] <= 24
 
 
 def test_compiled_kernels_do_not_regress(tmp_path):

@@ -23,7 +23,7 @@ from tests.ptx.planted import PLANTED
 from tests.test_kernels import FAR
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"fold_kernel", "finish_kernel", "sums_kernel", "add_parts_kernel", "grad_kernel"}
+KERNELS = {"fold_kernel", "finish_kernel", "sums_kernel", "add_parts_kernel", "grad_kernel", "entry_kernel"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -26,7 +26,7 @@ DIVERGENCES = {
     "JSD": (tip.JSD(0.5), lambda z_s, z_t: divergences.jsd(z_s, z_t, 0.5)),
     "Jeffreys": (tip.Jeffreys(), lambda z_s, z_t: divergences.forward_kl(z_s, z_t) + divergences.reverse_kl(z_s, z_t)),
 }
-SOURCES = ("logits", "head", "head, softcap", "one sweep")
+SOURCES = ("logits", "logits by kernels", "head", "head, softcap", "one sweep")
 
 
 def sure_pair(margin: float, right: bool) -> tuple[Tensor, Tensor]:
@@ -58,12 +58,15 @@ def check(g: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradients_of_sure_rows_are_those_of_float64(divergence, source, right):
     ours, formula = DIVERGENCES[divergence]
-    for margin in MARGINS[:5] if divergence == "TVD" else MARGINS:  # beyond, float64 takes two sure tokens for a tie
+    # Beyond, float64 takes two sure tokens for a tie; the mass of the kernels' statistics does at 2^-24.
+    tvd = MARGINS[:3] if source == "logits by kernels" and right else MARGINS[:5]
+    for margin in tvd if divergence == "TVD" else MARGINS:
         z_s, z_t = sure_pair(margin, right)
         truth = balanced(z_s.double().requires_grad_(), lambda z, z_t=z_t: formula(z, z_t.double()))
-        if source == "logits":
+        if source.startswith("logits"):
             student = leaf(z_s)
-            tip.divergence_loss(student, z_t, divergence=ours).sum().backward()
+            with tip.backend("eager" if source == "logits" else "triton"):
+                tip.divergence_loss(student, z_t, divergence=ours).sum().backward()
             check(student.grad, truth)
             continue
         weight = leaf(z_s.t().contiguous())  # beside one-hot hidden states: its gradient is that of the logits

@@ -406,7 +406,7 @@ class GradientSweep(LeafSweep):
         upstream = upstream if dead is None else upstream.masked_fill(dead[:, 0], 0.0)
         weights = (upstream * self.factor).masked_fill(upstream == 0, 0.0)
         where = {"row_ids": self.sweep.ids, "out": out, "scatter": scatter, "label": self._label(upstream, weights)}
-        self._kernel(*matrices, slice(None), weights, **where)
+        self._kernel(*matrices, slice(None), weights, balance=True, **where)
         return True
 
     def _label(self, upstream: Tensor, weights: Tensor) -> tuple[Tensor, ...] | None:

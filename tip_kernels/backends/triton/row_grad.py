@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._family import KINDS, LOG2E, NEVER, add_gradient
 from ._launch import aligned, fp32, map_arguments, on_device, row_alignment, warp
-from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, widen
+from ._online import C_TAIL, C, Model, capped, half_unit, shift_from_nats, total, widen
 from .row_stats import read_tiles
 
 CHUNK = 8192  # columns of one program
@@ -47,7 +47,10 @@ def log2_p(y, unit, two_k, log_mass):
 
 @triton.jit
 def _tile_gradient(raw_s, raw_t, at, s, t, w, rows, numbers, label, TERMS: tl.constexpr):
-    """One tile of the output, its columns being `at`; rows and label as `_load_rows` and `_load_label` return them."""
+    """(one tile of the output, its columns being `at`, and where the student is sure).
+
+    Sure is a probability above 1/2, at the row's temperature or at 1. rows and label are as `_load_rows` and `_load_label` return them.
+    """
     y_s = capped(widen(raw_s), s.inner)
     l_s = tl.maximum(log2_p(y_s, s.unit, rows[0], rows[1]), NEVER)
     l_t = log2_p(capped(widen(raw_t), t.inner), t.unit, rows[2], rows[3])
@@ -59,11 +62,14 @@ def _tile_gradient(raw_s, raw_t, at, s, t, w, rows, numbers, label, TERMS: tl.co
         g = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w, l_s, l_t, p_s, p_t, rows, numbers)
     if len(label) > 0:
         g += tl.where(at == label[0], label[1], 0.0)
+    sure = l_s > -1.0
     if len(label) > 2:
-        g = tl.fma(label[2], tl.exp2(log2_p(y_s, label[3], label[4], label[5])), g)
+        l_1 = log2_p(y_s, label[3], label[4], label[5])
+        g = tl.fma(label[2], tl.exp2(l_1), g)
+        sure = sure | (l_1 > -1.0)
     if s.inner is not None:
         g *= 1.0 - y_s * y_s
-    return g
+    return g, sure
 
 
 @triton.jit
@@ -96,7 +102,7 @@ def _load_label(label, slot, first_column, slope, unit):
 
 @triton.jit(do_not_specialize=["stride_s", "stride_t", "stride_out", "n_cols", "n_chunks", "first_column"])
 def grad_kernel(
-    out_ptr, s_ptr, t_ptr, row_ids_ptr, temperature_ptr,
+    out_ptr, s_ptr, t_ptr, row_ids_ptr, others_ptr, sure_ptr, temperature_ptr,
     temperature, outer_s, inner_s, outer_t, inner_t, rows, numbers, label,
     stride_s, stride_t, stride_out, n_cols, n_chunks, first_column,
     TERMS: tl.constexpr, SCATTER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
@@ -108,6 +114,9 @@ def grad_kernel(
     weights and parameters. TERMS: KIND, R and P of each term as in `add_gradient`; R counts without upstream. label:
     pointers as in `Label`. A slot with nothing to add, a negative row id or a row scalar that is not finite is written
     as zeros; with SCATTER a negative row id writes nothing.
+
+    With others_ptr a sure student's entry is left out: others (S, n_chunks) are the sums of what is written, sure
+    (S, n_chunks) the entry's column or -1, for `entry_kernel`.
     """
     pid = tl.program_id(0)
     slot = (pid // n_chunks).to(tl.int64)
@@ -132,18 +141,29 @@ def grad_kernel(
     if SCATTER:
         end = tl.where(row >= 0, end, begin)
     whole = begin + (end - begin) // (TILE * TILES) * (TILE * TILES)
+    others = tl.zeros([TILE], tl.float32)
+    entry = tl.full([TILE], -1, tl.int32)  # first column of the tile that holds it
     if ((upstream != 0.0) | some) & finite & (row >= 0):
         for column in range(begin, whole, TILE * TILES):
             raw_s = read_tiles(s, column, lane, TILE, TILES)
             raw_t = read_tiles(t, column, lane, TILE, TILES)
             for j in tl.static_range(TILES):
                 at = column + j * TILE + lane
-                tl.store(out + at, _tile_gradient(raw_s[j], raw_t[j], at, s, t, w, values, numbers, label, TERMS))
+                g, sure = _tile_gradient(raw_s[j], raw_t[j], at, s, t, w, values, numbers, label, TERMS)
+                if others_ptr is not None:
+                    g = tl.where(sure, 0.0, g)
+                    others += g
+                    entry = tl.where(sure, column + j * TILE, entry)
+                tl.store(out + at, g)
         for column in range(whole, end, TILE):
             at = column + lane
             raw_s = tl.load(s.row + at, mask=at < end, other=0.0)
             raw_t = tl.load(t.row + at, mask=at < end, other=0.0)
-            g = _tile_gradient(raw_s, raw_t, at, s, t, w, values, numbers, label, TERMS)
+            g, sure = _tile_gradient(raw_s, raw_t, at, s, t, w, values, numbers, label, TERMS)
+            if others_ptr is not None:
+                g = tl.where(sure | (at >= end), 0.0, g)
+                others += g
+                entry = tl.where(sure & (at < end), column, entry)
             tl.store(out + at, g, mask=at < end)
     else:
         zero = tl.zeros([TILE], tl.float32)
@@ -151,6 +171,26 @@ def grad_kernel(
             tl.store(out + column + lane, zero)
         for column in range(whole, end, TILE):
             tl.store(out + column + lane, zero, mask=column + lane < end)
+    if others_ptr is not None:
+        tl.store(others_ptr + pid, total(others))
+        tl.store(sure_ptr + pid, tl.max(tl.where(entry < 0, -1, entry + lane)))
+
+
+@triton.jit(do_not_specialize=["stride_out", "n_chunks"])
+def entry_kernel(
+    out_ptr, row_ids_ptr, others_ptr, sure_ptr, stride_out, n_chunks, SCATTER: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Slot i's sure entry, where there is one: a row sums to 0; the formula is a difference of numbers near 1."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = slot
+    if SCATTER:
+        row = tl.load(row_ids_ptr + slot)
+    chunk = tl.arange(0, CHUNKS)
+    inside = chunk < n_chunks
+    others = total(tl.load(others_ptr + slot * n_chunks + chunk, mask=inside, other=0.0))
+    column = tl.max(tl.load(sure_ptr + slot * n_chunks + chunk, mask=inside, other=-1))
+    if (column >= 0) & (row >= 0):
+        tl.store(out_ptr + row * stride_out + column, -others)
 
 
 # ---- launch
@@ -194,6 +234,7 @@ def row_grad(
     row_ids: Tensor | None = None,
     out: Tensor | None = None,
     scatter: bool = False,
+    balance: bool = False,
     temperature: float | Tensor = 1.0,
     scale_s: float = 1.0,
     scale_t: float = 1.0,
@@ -212,6 +253,8 @@ def row_grad(
     out                 where to write, rounded to nearest; by default a new (S, V) in the student's dtype
     scatter             write slot i to out[row_ids[i]] instead of out[i] and leave all other rows of out as they are;
                         out may be logits_s, which is then overwritten in place
+    balance             for whole rows of a gradient that sums to 0 in each: the entry of a token that the student is sure
+                        of is made of the others, since the formula keeps none of its digits. Not with softcap_s
     temperature         a positive float or an (S,) tensor, of the slots
 
     Returns out. For a whole (N, V) gradient without a pass of zeros beforehand, give all N rows with upstream 0 where
@@ -222,6 +265,8 @@ def row_grad(
         out = torch.empty(n_slots, width, dtype=logits_s.dtype, device=logits_s.device)
     if scatter and row_ids is None:
         raise ValueError("row_ids must be given with scatter=True")
+    if balance and softcap_s is not None:
+        raise ValueError("softcap_s must be None with balance=True")
     check_tiles(logits_s, logits_t, n_slots, row_ids)
     out_rows = logits_s.shape[0] if scatter else n_slots
     if out.shape != (out_rows, width) or (out.stride(1) != 1 and width > 1):
@@ -237,7 +282,8 @@ def row_grad(
         numbers += map(float, (term.weight, *term.params))
     label = [] if label is None else [value for value in label if value is not None]
     maps = map_arguments(temperature, scale_s, softcap_s, scale_t, softcap_t)
-    rest = (list(map(fp32, rows)), kinds, numbers, label[:1] + list(map(fp32, label[1:])), first_column, *maps)
+    label = label[:1] + list(map(fp32, label[1:]))
+    rest = (list(map(fp32, rows)), kinds, numbers, label, first_column, balance, *maps)
     if out is logits_s:
         _row_grad_inplace(logits_s, logits_t, row_ids, *rest)
     else:
@@ -257,6 +303,7 @@ def _row_grad(
     numbers: Sequence[float],
     label: Sequence[Tensor],
     first_column: int,
+    balance: bool,
     temperatures: Tensor | None,
     temperature: float,
     outer_s: float,
@@ -266,7 +313,7 @@ def _row_grad(
 ) -> None:
     """Writes out. rows, numbers and label as in `grad_kernel`, kinds its TERMS one after the other."""
     maps = (temperatures, temperature, outer_s, inner_s, outer_t, inner_t)
-    _launch(out, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, maps)
+    _launch(out, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, balance, maps)
 
 
 @torch.library.custom_op("tip_kernels::row_grad_", mutates_args={"logits_s"})
@@ -279,6 +326,7 @@ def _row_grad_inplace(
     numbers: Sequence[float],
     label: Sequence[Tensor],
     first_column: int,
+    balance: bool,
     temperatures: Tensor | None,
     temperature: float,
     outer_s: float,
@@ -289,7 +337,7 @@ def _row_grad_inplace(
     """Writes the rows row_ids of logits_s, or all of them: `row_grad` with out where it reads."""
     maps = (temperatures, temperature, outer_s, inner_s, outer_t, inner_t)
     scatter = row_ids is not None
-    _launch(logits_s, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, maps)
+    _launch(logits_s, logits_s, logits_t, row_ids, scatter, rows, kinds, numbers, label, first_column, balance, maps)
 
 
 def _launch(
@@ -303,20 +351,30 @@ def _launch(
     numbers: Sequence[float],
     label: Sequence[Tensor],
     first_column: int,
+    balance: bool,
     maps: tuple[Tensor | float | None, ...],
 ) -> None:
     n_slots, width = rows[0].shape[0], logits_s.shape[1]
     if n_slots == 0 or width == 0:
         return
     chunks = triton.cdiv(width, CHUNK)
+    others = sure = None
+    if balance:
+        others = torch.empty(n_slots, chunks, device=out.device)
+        sure = torch.empty(n_slots, chunks, dtype=torch.int32, device=out.device)
     with on_device(logits_s):
         grad_kernel[(n_slots * chunks,)](
-            out, logits_s, logits_t, aligned(row_ids), aligned(maps[0]), *maps[1:],
+            out, logits_s, logits_t, aligned(row_ids), others, sure, aligned(maps[0]), *maps[1:],
             tuple(map(aligned, rows)), tuple(numbers) or (0.0,), tuple(map(aligned, label)),
             logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
             TERMS=tuple(zip(kinds[::3], kinds[1::3], kinds[2::3], strict=True)), SCATTER=scatter,
             ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK, **grad_config(),
         )  # fmt: skip
+        if balance:
+            entry_kernel[(n_slots,)](
+                out, row_ids, others, sure, out.stride(0), chunks,
+                SCATTER=scatter, CHUNKS=triton.next_power_of_2(chunks), num_warps=1,
+            )  # fmt: skip
 
 
 def check_tiles(logits_s: Tensor, logits_t: Tensor, n_slots: int, row_ids: Tensor | None) -> None:
