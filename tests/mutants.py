@@ -333,9 +333,9 @@ ACROSS_RANKS = [
 ]
 
 BORDERS = [
-    ("compat/liger.py", "else shift_labels != self.ignore_index\n        mask, count", "else shift_labels == shift_labels\n        mask, count", LIGER),
+    ("compat/_calls.py", "mask = (labels != ignored)", "mask = (labels == labels)", LIGER),
     ("compat/liger.py", "loss = total * mean(", "loss = mean(", LIGER_MIX),
-    ("compat/liger.py", "labels = true_labels.masked_fill(~valid, IGNORED)", "labels = true_labels", LIGER_MIX),
+    ("compat/liger.py", "labels = true_labels.masked_fill(true_labels == self.ignore_index, IGNORED)", "labels = true_labels", LIGER_MIX),
     ("compat/trl.py", "max(count * student_logits.shape[-1], 1)", "max(count, 1)", GKD),
     ("compat/trl.py", "count if labels is not None else student_logits.shape[0]", "count", GKD),
     ("compat/_calls.py", "return mask, int(mask.sum())", "return mask, mask.numel()", LIGER),
@@ -483,8 +483,8 @@ RULES_OF_PAPERS = [
 
 ADAKD = [
     ("self.beta * self._average + (1 - self.beta) * loss", "(1 - self.beta) * self._average + self.beta * loss"),
-    ("if self._average < self._anchor * (1 - self.tolerance)", "if self._average < self._anchor"),
-    ("elif self._average > self._anchor * (1 + self.tolerance)", "elif self._average > self._anchor"),
+    ("self._average < self._anchor * (1 - self.tolerance)", "self._average < self._anchor"),
+    ("self._average > self._anchor * (1 + self.tolerance)", "self._average > self._anchor"),
     ("keep = max(self.floor, keep * (1 - self.step))", "keep = keep * (1 - self.step)"),
     ("keep = min(1.0, keep * (1 + self.step))", "keep = keep * (1 + self.step)"),
     ("self.keep, self._anchor = keep, self._average", "self.keep = keep"),
@@ -535,7 +535,7 @@ LEARNING = [
     ("learn/gradient_sweep.py", "torch.where(self.columns < 0, 0.0, -others)", "torch.where(self.columns < 0, 0.0, others)", SURE),
     ("learn/gradient_sweep.py", "values if self.slope is None else values * self.slope", "values", SURE),
     ("learn/gradient_sweep.py", "sure = z_s.amax(1) > bound", "sure = z_s.amax(1) > bound + 30", SURE),
-    ("learn/gradient_sweep.py", "            self.weight[at] += total", "            self.weight[at] = total", "test_sure_rows.py::test_a_sure_rows_entry_reaches_both_leaves_of_a_16_bit_head"),
+    ("learn/gradient_sweep.py", "total[:1] += begun", "pass", "test_sure_rows.py::test_a_sure_rows_entry_reaches_both_leaves_of_a_16_bit_head"),
     ("learn/gradient_sweep.py", "return any(term.divergence.sums for term in self.terms)", "return False", "test_sure_rows.py -k tvd"),
     ("learn/divergences.py", "(lp_s - lp_t).sign_().mul_(p_s)", "(p_s - exp(lp_t)).sign_().mul_(p_s)", "test_sure_rows.py -k TVD"),
     ("learn/divergences.py", "near = gap.abs() < 1", "near = gap.abs() < 0", "test_sure_rows.py -k alpha_beta"),
@@ -642,7 +642,7 @@ AROUND = [
      "test_divergences.py::test_a_sample_that_the_student_bans_has_the_clipped_value_and_no_gradient"),
     ("distillation/distill.py", "weights.sum() if kind == \"kept\" else self.valid_rows.sum().float()", "weights.sum() if kind == \"kept\" else self.row_mask.sum().float()",
      "test_distill.py::test_the_normalizer_all_counts_unmasked_rows_that_are_not_nan"),
-    ("distillation/distill.py", "torch.where(total == 0, 1.0, total)", "total", "test_distill.py::test_nothing_kept_is_a_zero_with_a_graph"),
+    ("distillation/distill.py", "return torch.where(total == 0, 1.0, total)", "return total", "test_distill.py::test_nothing_kept_is_a_zero_with_a_graph"),
     ("distillation/distill.py", "invalid = invalid | measured[\"logsum_t\"].isnan()", "pass",
      "test_distill.py::test_the_normalizer_all_counts_unmasked_rows_that_are_not_nan"),
     ("distillation/distill.py", "usable = learned.real & finite & torch.isfinite(learned.losses.detach())", "usable = learned.real & finite",

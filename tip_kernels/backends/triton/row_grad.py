@@ -49,7 +49,8 @@ def log2_p(y, unit, two_k, log_mass):
 def _tile_gradient(raw_s, raw_t, at, s, t, w, rows, numbers, label, TERMS: tl.constexpr):
     """(one tile of the output, its columns being `at`, and where the student is sure).
 
-    Sure is a probability above 1/2, at the row's temperature or at 1. rows and label are as `_load_rows` and `_load_label` return them.
+    Sure is a probability above 1/2, at the row's temperature or at 1. rows and label are as `_load_rows` and
+    `_load_label` return them.
     """
     y_s = capped(widen(raw_s), s.inner)
     l_s = tl.maximum(log2_p(y_s, s.unit, rows[0], rows[1]), NEVER)
@@ -253,8 +254,8 @@ def row_grad(
     out                 where to write, rounded to nearest; by default a new (S, V) in the student's dtype
     scatter             write slot i to out[row_ids[i]] instead of out[i] and leave all other rows of out as they are;
                         out may be logits_s, which is then overwritten in place
-    balance             for whole rows of a gradient that sums to 0 in each: the entry of a token that the student is sure
-                        of is made of the others, since the formula keeps none of its digits. Not with softcap_s
+    balance             for whole rows of a gradient that sums to 0 in each: the entry of a token that the student is
+                        sure of is made of the others, since the formula keeps none of its digits. Not with softcap_s
     temperature         a positive float or an (S,) tensor, of the slots
 
     Returns out. For a whole (N, V) gradient without a pass of zeros beforehand, give all N rows with upstream 0 where
