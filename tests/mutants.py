@@ -282,7 +282,7 @@ TRITON_ROWS = [
     ("row_grad.py", "g = tl.fma(label[2], tl.exp2(l_1)", "g = tl.fma(-label[2], tl.exp2(l_1)", KERNEL_LABEL),
     ("row_grad.py", "out_ptr + row * stride_out + column, -others", "out_ptr + row * stride_out + column, others", KERNEL_SURE),
     ("row_grad.py", "g = tl.where(sure | (at >= end), 0.0, g)", "g = tl.where(at >= end, 0.0, g)", KERNEL_SURE),
-    ("row_grad.py", "if (column >= 0) & (row >= 0):", "if column >= 0:", KERNEL_SURE),
+    ("row_grad.py", "    if column >= 0:\n", "    if column > 5:\n", KERNEL_SURE),
     ("row_grad.py", "g *= 1.0 - y_s * y_s", "g *= 1.0", KERNEL_CAP),
     ("row_grad.py", "((upstream != 0.0) | some) & finite & (row >= 0)", "((upstream != 0.0) | some) & (row >= 0)",
      "test_kernels.py::test_gradient_of_an_infinite_or_broken_row_is_zero"),

@@ -103,6 +103,7 @@ def test_a_sure_rows_entry_reaches_both_leaves_of_a_16_bit_head(dtype, step, mon
     unit = torch.finfo(dtype).eps
     wanted = 2 * 2.0**10 * truth.t()
     assert (student[1].grad.double() - wanted).norm() <= unit * wanted.norm()
+    assert ((student[1].grad[SURE].double() - wanted[SURE]).abs() <= unit * wanted[SURE].abs()).all()
     through = 2.0**10 * (truth @ student[1].detach().double())
     assert (student[0].grad[:N].double() - through).norm() <= 2 * unit * through.norm()
 

@@ -185,12 +185,12 @@ def entry_kernel(
     slot = tl.program_id(0).to(tl.int64)
     row = slot
     if SCATTER:
-        row = tl.load(row_ids_ptr + slot)
+        row = tl.load(row_ids_ptr + slot)  # of an empty slot nothing is sure
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < n_chunks
     others = total(tl.load(others_ptr + slot * n_chunks + chunk, mask=inside, other=0.0))
     column = tl.max(tl.load(sure_ptr + slot * n_chunks + chunk, mask=inside, other=-1))
-    if (column >= 0) & (row >= 0):
+    if column >= 0:
         tl.store(out_ptr + row * stride_out + column, -others)
 
 
