@@ -261,20 +261,13 @@ def row_grad(
     Returns out. For a whole (N, V) gradient without a pass of zeros beforehand, give all N rows with upstream 0 where
     not kept. Does not synchronise.
     """
-    n_slots, width = upstream.numel(), logits_s.shape[1]
+    n_slots = upstream.numel()
     if out is None:
-        out = torch.empty(n_slots, width, dtype=logits_s.dtype, device=logits_s.device)
-    if scatter and row_ids is None:
-        raise ValueError("row_ids must be given with scatter=True")
+        out = torch.empty(n_slots, logits_s.shape[1], dtype=logits_s.dtype, device=logits_s.device)
     if balance and softcap_s is not None:
         raise ValueError("softcap_s must be None with balance=True")
     check_tiles(logits_s, logits_t, n_slots, row_ids)
-    out_rows = logits_s.shape[0] if scatter else n_slots
-    if out.shape != (out_rows, width) or (out.stride(1) != 1 and width > 1):
-        raise ValueError(
-            f"out must have shape ({out_rows}, {width}) and unit stride along the vocabulary, "
-            f"got {tuple(out.shape)} and {out.stride()}"
-        )
+    _check_out(out, logits_s, n_slots, row_ids, scatter)
     rows, numbers, kinds = [upstream, *(normalisers[name] for name in NORMALISERS)], [], []
     for term in terms:
         kind, names, _ = KINDS[term.name]
@@ -387,6 +380,17 @@ def check_tiles(logits_s: Tensor, logits_t: Tensor, n_slots: int, row_ids: Tenso
             raise ValueError(f"{name} must have unit stride along the vocabulary, got {tensor.stride()}")
     if row_ids is None and n_slots != logits_s.shape[0]:
         raise ValueError(f"row_ids must be given for {n_slots} slots of {logits_s.shape[0]} rows")
+
+
+def _check_out(out: Tensor, logits_s: Tensor, n_slots: int, row_ids: Tensor | None, scatter: bool) -> None:
+    if scatter and row_ids is None:
+        raise ValueError("row_ids must be given with scatter=True")
+    rows, width = logits_s.shape[0] if scatter else n_slots, logits_s.shape[1]
+    if out.shape != (rows, width) or (out.stride(1) != 1 and width > 1):
+        raise ValueError(
+            f"out must have shape ({rows}, {width}) and unit stride along the vocabulary, "
+            f"got {tuple(out.shape)} and {out.stride()}"
+        )
 
 
 def grad_config() -> dict[str, int | bool]:
