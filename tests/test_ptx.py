@@ -74,14 +74,7 @@ def planted(tmp_path_factory) -> dict[str, dict[str, tuple[str, str]]]:
     return found
 
 
-# Since a sum goes by neighbours the executor reports a race in the sound form on four warps too, which no kernel is
-# launched with; whether equal values are stored twice or the report is right is not known yet.
-FOUR_WARPS = pytest.mark.xfail(strict=True, reason="the sound form on four warps is reported, too")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FOUR_WARPS if name == "a removed barrier" else ()) for name in PLANTED]
-)
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_that_the_interpreter_passes_is_caught(planted, name):
     assert planted["interpreted"][name] == ["", ""]
     sound, faulty = planted["compiled"][name]

@@ -101,10 +101,13 @@ class Space:
         unit, program, epoch, warp, number = map(np.concatenate, columns)
         stores = np.array([access.stores for access in self.log])[number]
         self._refuse("programs", (unit,), program, stores, number)
-        self._refuse("warps without a barrier between", (unit, program, epoch), warp, stores, number)
+        # One instruction that stores for several warps has stored equal values, as a vector held by all of them does.
+        self._refuse("warps without a barrier between", (unit, program, epoch), warp, stores, number, alone=True)
 
-    def _refuse(self, what: str, keys: tuple[Array, ...], who: Array, stores: Array, number: Array) -> None:
-        """Raises where, among accesses of equal keys, one stores and not all are by the same."""
+    def _refuse(
+        self, what: str, keys: tuple[Array, ...], who: Array, stores: Array, number: Array, alone: bool = False
+    ) -> None:
+        """Raises where, among accesses of equal keys, one stores and not all are by the same; one `alone` may be."""
         order = np.lexsort(keys)
         same = np.ones(len(order) - 1, bool)
         for key in keys:
@@ -113,6 +116,8 @@ class Space:
         first, last = (how(group, who[order]) for how in (_smallest, _largest))
         any_store = _largest(group, stores[order])
         bad = (first != last) & any_store.astype(bool)
+        if alone:
+            bad &= _smallest(group, number[order]) != _largest(group, number[order])
         if bad.any():
             of_group = number[order][group == np.flatnonzero(bad)[0]]
             found = sorted({str(self.log[i].statement) for i in of_group})

@@ -367,7 +367,7 @@ def _launch(
         if balance:
             entry_kernel[(n_slots,)](
                 out, row_ids, others, sure, out.stride(0), chunks,
-                SCATTER=scatter, CHUNKS=triton.next_power_of_2(chunks), num_warps=1,
+                SCATTER=scatter, CHUNKS=triton.next_power_of_2(chunks), num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
 
 
