@@ -82,7 +82,7 @@ def flat_rows(
     return value.reshape(n_rows)
 
 
-def need(value: T | None) -> T:
+def not_none(value: T | None) -> T:
     """A value that is there by what was checked before."""
     assert value is not None
     return value

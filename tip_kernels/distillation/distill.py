@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -160,15 +160,14 @@ def distill(
         GradOptions(request.workspace, weight_into=weight_into, grad_filter=execution.grad_filter), row_weights,
         normalizer, temperature if adaptive else None, sweeps, execution.full_stats, execution.grad_scale,
     )  # fmt: skip
-    strategy, layout = _strategy_for(step)
-    learned = strategy.run(step, layout)
+    learned, how = _learned(step)
     loss, dropped = _reduced(learned, step)
     if execution.backward:
         if loss.requires_grad:
             scale = None if learned.gradients is not None else execution.grad_scale
             loss.backward(None if scale is None else torch.as_tensor(scale, device=loss.device).float())
         loss = loss.detach()
-    return Distilled(loss, learned.stats, learned.kept, Plan(strategy.name, batch.units, workspace_mib, *dropped))
+    return Distilled(loss, learned.stats, learned.kept, Plan(how, batch.units, workspace_mib, *dropped))
 
 
 def _with_ce_of_all_rows(
@@ -195,12 +194,12 @@ def _with_ce_of_all_rows(
     return out._replace(loss=(1 - ce_weight) * out.loss + ce_weight * loss, plan=plan)
 
 
-def _strategy_for(step: Step) -> tuple[Strategy, Layout | None]:
-    """The first strategy that fits, and how it divides the workspace."""
+def _learned(step: Step) -> tuple[Learned, str]:
+    """What the first strategy that fits leaves, and its name."""
     for strategy in STRATEGIES:
         layout = strategy.fits(step)
         if layout is not None:
-            return strategy, layout
+            return strategy.run(step, layout), strategy.name
     if step.sweeps == 1:
         raise ValueError(
             "sweeps: expected 2 or None, since one sweep takes a student's whole Head that needs a gradient, a teacher "
@@ -208,7 +207,7 @@ def _strategy_for(step: Step) -> tuple[Strategy, Layout | None]:
             f"(the latter on a CPU), weights known as early, and whole rows of logits within workspace_mib; got 1 for "
             f"{step.select}"
         )
-    return SecondSweep(), None
+    return _second_sweep(step), "two sweeps"
 
 
 def _sweeps_for(pair: Pair, execution: Execution) -> int | None:
@@ -290,9 +289,10 @@ def _check_weigher(weigh: Callable[..., Tensor], select: Rule, request: Request)
         raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
     if request.pair.topk is not None and needs & BEYOND_TOPK:
         refuse("row_weights", "one that needs no logits of the teacher, which is a TopK", weigh)
-    lists = [reader.top_k for reader in (select, weigh) if reader.needs & TOP_FIELDS] if needs & TOP_FIELDS else []
+    readers = [weigh, select] if select.needs & TOP_FIELDS else [weigh]
+    lists = [getattr(reader, "top_k", 0) for reader in readers] if needs & TOP_FIELDS else []
     if len(set(lists)) > 1:
-        refuse("row_weights", "the top_k of the rule, since one sweep measures one, {}", lists[1], lists[0])
+        refuse("row_weights", "the top_k of the rule, since one sweep measures one, {}", lists[0], lists[1])
 
 
 def _check_normalizer(normalizer: object) -> None:
@@ -308,8 +308,10 @@ def existing_grad_buffer(weight: Tensor) -> Tensor | None:
     target = weight.grad if target is None else target
     watched = weight._backward_hooks or weight._post_accumulate_grad_hooks
     plain = weight.is_leaf and weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and not watched
-    fits = isinstance(target, Tensor) and target.shape == weight.shape and type(target) in (Tensor, torch.nn.Parameter)
-    return target.detach() if plain and fits and target.layout == torch.strided else None
+    if not plain or not isinstance(target, Tensor):
+        return None
+    fits = target.shape == weight.shape and type(target) in (Tensor, torch.nn.Parameter)
+    return target.detach() if fits and target.layout == torch.strided else None
 
 
 class Batch:
@@ -363,7 +365,9 @@ class Batch:
             measured = {name: self.scattered(value, self.trainable) for name, value in measured.items()}
         return self.record(measured, temperature, partial=self.trainable is not None)
 
-    def measured_at_one(self, ids: Tensor, measured: Fields, stats: TokenStats, temperature: float | Tensor) -> Fields:
+    def measured_at_one(
+        self, ids: Tensor, measured: Fields, stats: TokenStats, temperature: float | Tensor
+    ) -> dict[str, Tensor]:
         """The student's normalizer and label log-probability, at temperature 1, of the rows ids."""
         at_one = not isinstance(temperature, Tensor) and temperature == 1.0
         logp_s = stats._get("logp_s")
@@ -379,7 +383,7 @@ class Batch:
         want: frozenset[str | Blend],
         temperature: float | Tensor,
         with_teacher: bool,
-        record: list[Tensor | None] | None = None,
+        record: Sequence[Tensor | None] | None = None,
         workspace: int | None = None,
     ) -> Fields:
         """The wanted fields of the rows ids, (len(ids),) each; counts the products and notes rows that are NaN."""
@@ -509,6 +513,7 @@ class Step:
 
     def weights(self, ids: Tensor, real: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """(S,) weights of the rows ids, 0 where not real or not finite, and where they are finite."""
+        assert not callable(self.row_weights)  # `weigh` came before
         w = real.float()
         for factor in (self.row_weights, kept._weights):
             w = w if factor is None else w * factor[ids]
@@ -572,29 +577,22 @@ class Strategy(Protocol):
     def run(self, step: Step, layout: Layout) -> Learned: ...
 
 
-class SecondSweep:
+def _second_sweep(step: Step) -> Learned:
     """Measures all rows; the gradient sweep over kept rows runs in backward. Fits wherever one sweep is not asked."""
-
-    name = "two sweeps"
-
-    def fits(self, step: Step) -> Layout | None:
-        return None
-
-    def run(self, step: Step, layout: Layout | None) -> Learned:
-        batch, pair = step.batch, step.batch.pair
-        stats, kept, ids, real, objective, fields = step.measured
-        projections = len(pair.sources)
-        if fields is None:
-            want = step.late | needs_of(objective, pair)
-            fields = batch.measure(ids, want, objective.temperature, with_teacher=True)
-            stats = stats if step.temperature_of is not None else batch.filled(stats, fields, ids)
-        if step.takes_third_sweep:
-            batch.count(ids, projections)
-        at_one = batch.measured_at_one(ids, fields, stats, objective.temperature) if objective.ce_weight else None
-        losses = row_loss(pair, objective, RowsToLearn(ids, fields, at_one), step.options)
-        if losses.requires_grad:
-            batch.count(ids, projections + sum(step.need[:2] if pair.student.width else ()))
-        return Learned(stats, kept, ids, real, losses)
+    batch, pair = step.batch, step.batch.pair
+    stats, kept, ids, real, objective, fields = step.measured
+    projections = len(pair.sources)
+    if fields is None:
+        want = step.late | needs_of(objective, pair)
+        fields = batch.measure(ids, want, objective.temperature, with_teacher=True)
+        stats = stats if step.temperature_of is not None else batch.filled(stats, fields, ids)
+    if step.takes_third_sweep:
+        batch.count(ids, projections)
+    at_one = batch.measured_at_one(ids, fields, stats, objective.temperature) if objective.ce_weight else None
+    losses = row_loss(pair, objective, RowsToLearn(ids, fields, at_one), step.options)
+    if losses.requires_grad:
+        batch.count(ids, projections + sum(step.need[:2] if pair.student.width else ()))
+    return Learned(stats, kept, ids, real, losses)
 
 
 STRATEGIES: tuple[Strategy, ...] = (KnownRows(), StashedRows(), SecondSweepByRows())

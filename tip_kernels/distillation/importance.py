@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect, flat_rows
+from tip_kernels._checks import expect, flat_rows, not_none
 from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select.papers import Teachability
 from tip_kernels.select.rule import SoftOr
@@ -88,12 +88,14 @@ def token_importance(
         expect(given[name] is not None, name, f"{form}, since method {method!r} reads it", given[name])
     rules = {"soft_or": SoftOr(1.0, normalize), "teachability": Teachability(1.0, top_k=top_k)}
     if "student" in reads:
-        lists = {"top_k": top_k} if method == "teachability" else {}
-        stats = token_stats(student, teacher if "teacher" in reads else None, workspace_mib=workspace_mib, **lists)
+        lists = top_k if method == "teachability" else 0
+        given_teacher = teacher if "teacher" in reads else None
+        stats = token_stats(not_none(student), given_teacher, top_k=lists, workspace_mib=workspace_mib)
     else:
         rows_of(teacher, "teacher")  # in an error, token_stats would call it the student
-        options = {"margins": True} if method == "logit_diff" else {"labels": labels}
-        stats = token_stats(teacher, workspace_mib=workspace_mib, **options)
+        margins = method == "logit_diff"
+        read_labels = None if margins else labels
+        stats = token_stats(not_none(teacher), labels=read_labels, margins=margins, workspace_mib=workspace_mib)
     if method in rules:
         scores = rules[method](stats, row_mask).scores
         scores = torch.where(scores.isneginf(), torch.nan, scores)

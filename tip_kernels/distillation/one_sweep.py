@@ -21,13 +21,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from tip_kernels.learn.gradient_sweep import (
+    Context,
     GradOptions,
     HeadGradients,
     Objective,
@@ -133,18 +133,20 @@ class Learned(NamedTuple):
     gradients: PrecomputedGradients | None = None  # of sum of weights * loss / divisor, where losses have no graph
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+Blocks = TypeVar("Blocks", bound="RowBlocks")
 
 
-def without_graph(method: Method) -> Method:
+def without_graph(method: Callable[Concatenate[Blocks, P], R]) -> Callable[Concatenate[Blocks, P], R]:
     """The method without a graph and in the dtypes it says, also under autocast."""
 
     @wraps(method)
-    def call(self: RowBlocks, *args: object) -> object:
+    def call(self: Blocks, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad(), torch.autocast(self.pair.device.type, enabled=False):
-            return method(self, *args)
+            return method(self, *args, **kwargs)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 class RowBlocks:
@@ -153,7 +155,9 @@ class RowBlocks:
     def __init__(self, step: Step, objective: Objective, layout: Layout) -> None:
         self.step, self.objective, self.layout = step, objective, layout
         self.batch, self.pair, self.need = step.batch, step.batch.pair, step.need
-        self.student, self.teacher = self.pair.sources
+        student, self.teacher = self.pair.sources
+        assert isinstance(student, HeadRows)  # there is no layout for others
+        self.student = student
         size, device = (layout.rows, self.pair.vocab), self.pair.device
         self.buffer: Tensor | None = None
         if layout.reuse_grad_weight:
@@ -165,7 +169,7 @@ class RowBlocks:
         self.stats = self.batch.record({}, objective.temperature, partial=partial)
         self.fields: Fields = self.stats._measured  # (N, ...) of everything measured so far, NaN where not
         self.losses = torch.full((self.batch.n_rows,), torch.nan, device=device)
-        self.at_one: Fields = {}  # (N,) normalizers and label log-probabilities at temperature 1
+        self.at_one: dict[str, Tensor] = {}  # (N,) normalizers and label log-probabilities at temperature 1
 
     @without_graph
     def learn_rows(self, ids: Tensor, weights: Tensor, want: frozenset[str | Blend]) -> PrecomputedGradients:
@@ -189,8 +193,9 @@ class RowBlocks:
         options, dtype = self.step.options, self.student.leaves[1].dtype
         # what is multiplied by a loss scale, or added to a wider buffer, is rounded afterwards
         wide = passes > 1 or dtype == torch.float16 or options.weight_into is not None
-        buffers = {"into": into, "buffer": self.buffer}
-        return HeadGradients(self.student, ids, self.need, wide=wide, grad_filter=options.grad_filter, **buffers)
+        return HeadGradients(
+            self.student, ids, self.need, wide=wide, grad_filter=options.grad_filter, into=into, buffer=self.buffer
+        )
 
     def add_to(
         self, gradients: HeadGradients, part: slice, dlogits: Tensor, weights: Tensor, dead: Tensor | None
@@ -324,8 +329,8 @@ class StashedRows:
             return None
         if pair.device.type != "cpu" or pair.backend != "eager":
             return None
-        ranks_rows = isinstance(rule, QuotaRule) and rule.needs
-        if not isinstance(rule, KeepAll) and (not ranks_rows or hasattr(rule, "generator") or rule.scope == "global"):
+        ranks_rows = isinstance(rule, QuotaRule) and rule.needs and rule.scope != "global"
+        if not isinstance(rule, KeepAll) and (not ranks_rows or hasattr(rule, "generator")):
             return None
         n_rows = batch.n_rows if batch.trainable is None else batch.trainable.numel()
         capacity = rule.capacity(batch.n_rows, batch.n_rollouts)
@@ -480,18 +485,22 @@ class PrecomputedGradients:
         return [x if wanted else None for x, wanted in zip(sums, need, strict=True)]
 
 
+class _Context(Context):
+    made: PrecomputedGradients
+
+
 class _AttachPrecomputed(torch.autograd.Function):
     """Gives a loss the gradients that exist already, times the upstream scalar, beside those of its rows' weights."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, loss: Tensor, made: PrecomputedGradients, pair: Pair, *leaves: Tensor) -> Tensor:
+    def forward(ctx: _Context, loss: Tensor, made: PrecomputedGradients, pair: Pair, *leaves: Tensor) -> Tensor:
         save(ctx, pair)
         ctx.made = made
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         pair = saved(ctx)
-        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
-            grads = ctx.made.times(upstream.detach(), pair, ctx.needs_input_grad[3:])
-        return upstream, None, None, *once(grads, pair.student.leaves)
+        with torch.no_grad(), torch.autocast(upstream[0].device.type, enabled=False):
+            grads = ctx.made.times(upstream[0].detach(), pair, ctx.needs_input_grad[3:])
+        return *upstream, None, None, *once(grads, pair.student.leaves)

@@ -108,7 +108,7 @@ def _weights(given: Tensor | Weigher, stats: TokenStats | None, pair: Pair) -> T
 def row_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: GradOptions) -> Tensor:
     """The (S,) loss of rows whose statistics are known, with its backward attached."""
     if pair.topk is not None:
-        return outcome_loss(pair, objective, rows, options)
+        return outcome_loss(pair, pair.topk, objective, rows, options)
     if torch.compiler.is_compiling():
         return ops.differentiable(pair, objective, rows, options)
     return with_gradient(*differentiated(pair, objective, rows, options), pair)

@@ -24,6 +24,7 @@ from tip_kernels.measure.topk_teacher import PARTIAL
 from tip_kernels.stats import LABEL_FIELDS, Blend
 
 Row = Mapping[str | Blend, Tensor]
+Scalars = Mapping[str, Tensor]
 
 
 def exp(x: Tensor) -> Tensor:
@@ -72,6 +73,10 @@ class Divergence:
         if ("gradient" in vars(cls) or "row_sums" in vars(cls)) and "kernel" not in vars(cls):
             cls.kernel = None  # that of the class above computes something else
 
+    def _set_needs(self, needs: frozenset[str | Blend]) -> None:
+        """What a frozen one needs by its own parameters."""
+        object.__setattr__(self, "needs", needs)
+
     @property
     def params(self) -> tuple[float, ...]:
         return ()
@@ -93,7 +98,7 @@ class Divergence:
         """The summands of the row sums on a tile, {name: (R, C)}, names as in `sums`."""
         raise NotImplementedError
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """d(divergence)/d(the student's logits / temperature) on a tile, (R, C); rows are the scalars, (R, 1) each."""
         raise NotImplementedError
 
@@ -136,13 +141,12 @@ class WeightedSum(Divergence):
     parts: tuple[tuple[float, Divergence], ...]
     max_per_row: float | None = None
 
+    def __post_init__(self) -> None:
+        self._set_needs(frozenset().union(*(term.needs for _, term in self.parts)))
+
     @property
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         return self.parts
-
-    @property
-    def needs(self) -> frozenset[str | Blend]:
-        return frozenset().union(*(term.needs for _, term in self.parts))
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class ForwardKL(Divergence):
     def value(self, row: Row) -> Tensor:
         return row["kl_fwd"]
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s - p_t"""
         return exp(lp_s).sub_(exp(lp_t))
 
@@ -173,7 +177,7 @@ class ReverseKL(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"kl_rev": row["kl_rev"]}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s (log(p_s / p_t) - KL(s||t))"""
         return torch.sub(lp_s, lp_t).sub_(rows["kl_rev"]).mul_(exp(lp_s))
 
@@ -207,6 +211,7 @@ class JSD(Divergence):
     def __post_init__(self) -> None:
         w = finite_number("teacher_weight", self.teacher_weight)
         expect(0 <= w <= 1, "teacher_weight", "a number in [0, 1]", self.teacher_weight)
+        self._set_needs({0.0: ForwardKL.needs, 1.0: ReverseKL.needs}.get(w, frozenset()))
 
     @property
     def params(self) -> tuple[float, ...]:
@@ -214,12 +219,8 @@ class JSD(Divergence):
 
     @property
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
-        ends = {0: ForwardKL(), 1: ReverseKL()}
+        ends: dict[float, Divergence] = {0.0: ForwardKL(), 1.0: ReverseKL()}
         return ((1.0, ends.get(self.teacher_weight, self)),)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return {0: ForwardKL.needs, 1: ReverseKL.needs}.get(self.teacher_weight, frozenset())
 
     def value(self, row: Row) -> Tensor:
         w = self.teacher_weight
@@ -235,7 +236,7 @@ class JSD(Divergence):
             "kl_t": log_s_over_mixture(lp_t, lp_s, 1 - self.teacher_weight).mul_(exp(lp_t)),
         }
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """(1 - w) p_s (log(p_s / M) - KL(s||M))"""
         w = self.teacher_weight
         return log_s_over_mixture(lp_s, lp_t, w).sub_(rows["kl_s"]).mul_(exp(lp_s)).mul_(1 - w)
@@ -258,6 +259,7 @@ class SkewForwardKL(Divergence):
 
     def __post_init__(self) -> None:
         expect(0 <= finite_number("a", self.a) < 1, "a", "a number in [0, 1)", self.a)
+        self._set_needs(frozenset() if self.a else ForwardKL.needs)
 
     @property
     def params(self) -> tuple[float, ...]:
@@ -266,10 +268,6 @@ class SkewForwardKL(Divergence):
     @property
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         return ((1.0, self if self.a else ForwardKL()),)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset() if self.a else ForwardKL.needs
 
     def value(self, row: Row) -> Tensor:
         return row["value"].clamp(min=0.0)
@@ -283,7 +281,7 @@ class SkewForwardKL(Divergence):
         share = exp(log_s_over_mixture(lp_s, lp_t, self.a)).mul_(1 - self.a)
         return {"value": log_s_over_mixture(lp_t, lp_s, 1 - self.a).mul_(p_t), "mean_share": share.mul_(p_t)}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s E_t[r] - p_t r"""
         share = exp(log_s_over_mixture(lp_s, lp_t, self.a)).mul_(1 - self.a)
         return exp(lp_s).mul_(rows["mean_share"]).sub_(share.mul_(exp(lp_t)))
@@ -309,6 +307,7 @@ class SkewReverseKL(Divergence):
     def __post_init__(self) -> None:
         expect(0 <= finite_number("a", self.a) < 1, "a", "a number in [0, 1)", self.a)
         expect(isinstance(self.detach_mixture, bool), "detach_mixture", "a bool", self.detach_mixture)
+        self._set_needs(frozenset() if self.a else ReverseKL.needs)
 
     @property
     def params(self) -> tuple[float, ...]:
@@ -317,10 +316,6 @@ class SkewReverseKL(Divergence):
     @property
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         return ((1.0, self if self.a else ReverseKL()),)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset() if self.a else ReverseKL.needs
 
     @classmethod
     def of_params(cls, *params: float) -> SkewReverseKL:
@@ -338,7 +333,7 @@ class SkewReverseKL(Divergence):
         log_share = log_s_over_mixture(lp_s, lp_t, 1 - self.a)
         return {"value": log_share * p_s, "mean_share": exp(log_share).mul_(self.a).mul_(p_s)}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s (log(p_s / M) - r - (value - E_s[r])), without the r where the mixture is detached"""
         g = log_s_over_mixture(lp_s, lp_t, 1 - self.a)
         share = 0.0 if self.detach_mixture else exp(g).mul_(self.a).sub_(rows["mean_share"])
@@ -363,7 +358,7 @@ class TVD(Divergence):
         p_s = exp(lp_s)
         return {"value": (p_s - exp(lp_t)).abs_().mul_(0.5), "mean_sign": (lp_s - lp_t).sign_().mul_(p_s)}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s (sign(p_s - p_t) - E_s[sign]) / 2, with sign 0 at a tie"""
         return torch.sub(lp_s, lp_t).sign_().sub_(rows["mean_sign"]).mul_(exp(lp_s)).mul_(0.5)
 
@@ -381,7 +376,7 @@ class HellingerSq(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"hellinger_sq": row["hellinger_sq"]}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """(p_s (1 - H2) - sqrt(p_s p_t)) / 2"""
         return exp(lp_s).mul_(1 - rows["hellinger_sq"]).sub_(exp(0.5 * (lp_s + lp_t))).mul_(0.5)
 
@@ -404,6 +399,7 @@ class Renyi(Divergence):
 
     def __post_init__(self) -> None:
         finite_number("alpha", self.alpha, positive=True)
+        self._set_needs(ForwardKL.needs if self.alpha == 1 else frozenset({self._blend}))
 
     @property
     def _blend(self) -> Blend:
@@ -417,17 +413,13 @@ class Renyi(Divergence):
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         return ((1.0, ForwardKL() if self.alpha == 1 else self),)
 
-    @property
-    def needs(self) -> frozenset[str | Blend]:
-        return ForwardKL.needs if self.alpha == 1 else frozenset({self._blend})
-
     def value(self, row: Row) -> Tensor:
         return (row[self._blend] / (self.alpha - 1)).clamp(min=0.0)
 
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"log_blend": row[self._blend]}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """p_s - p_t^alpha p_s^(1-alpha) / sum of the same"""
         a, log_blend = self.alpha, rows["log_blend"]
         gap = (lp_t - lp_s).mul_(a).sub_(log_blend)
@@ -476,7 +468,7 @@ class AlphaBeta(Divergence):
         whole = _exp_difference((a + b) * lp_t, power, d.mul_(a + b))
         return {"value": whole.mul_(a / (a + b)).sub_(cross).div_(a * b), "sum_g": cross.div_(-a)}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """g - p_s sum g, g = (p_s^(a+b) - p_t^a p_s^b) / a"""
         a, b = self.a, self.b
         cross = _exp_difference((a * lp_t).add_(lp_s, alpha=b), (a + b) * lp_s, (lp_t - lp_s).mul_(a))
@@ -525,7 +517,7 @@ class ToDi(Divergence):
         up, down = torch.sigmoid(self.beta * d).mul_(exp(lp_t)), torch.sigmoid(-self.beta * d).mul_(exp(lp_s))
         return {"value": (up - down).mul_(d), "sum_g": down.sub(up).sub_(down.mul_(d))}
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """g - p_s sum g, the weights w being constants"""
         p_s = exp(lp_s)
         d = lp_t - lp_s
@@ -562,7 +554,7 @@ class SampledReverseKL(Divergence):
     def scalars(self, row: Row) -> dict[str, Tensor]:
         return {"label_factor": torch.where(row["logp_s"].isfinite(), self.value(row), 0.0)}  # a banned token has none
 
-    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Row) -> Tensor:
+    def gradient(self, lp_s: Tensor, lp_t: Tensor, rows: Scalars) -> Tensor:
         """-k p_s, the dense part of k d(log p_s[label]); the label's own +k is added where its column is"""
         return exp(lp_s).mul_(-rows["label_factor"])
 
@@ -572,17 +564,17 @@ class Term(NamedTuple):
 
     weight: float
     divergence: Divergence
-    rows: Row  # (S,) each, or (R, 1)
+    rows: Scalars  # (S,) each, or (R, 1)
 
 
-def tile_log_probabilities(z_s: Tensor, z_t: Tensor, rows: Row) -> tuple[Tensor, Tensor]:
+def tile_log_probabilities(z_s: Tensor, z_t: Tensor, rows: Scalars) -> tuple[Tensor, Tensor]:
     """Both models' log-probabilities of a tile, in place."""
     lp_s = log_probabilities(z_s, rows["shift_s"], rows["logsum_s"])
     return lp_s, log_probabilities(z_t, rows["shift_t"], rows["logsum_t"])
 
 
 def sums_of_tile(
-    z_s: Tensor, z_t: Tensor, divergences: Sequence[Divergence], normalizers: Row
+    z_s: Tensor, z_t: Tensor, divergences: Sequence[Divergence], normalizers: Scalars
 ) -> list[dict[str, Tensor]]:
     """What a tile adds to the row sums of each two-pass divergence, {name: (R,)}; overwrites z_s and z_t."""
     lp_s, lp_t = tile_log_probabilities(z_s, z_t, normalizers)
@@ -590,7 +582,7 @@ def sums_of_tile(
     return [{name: tile.sum(1) for name, tile in sums.items()} for sums in tiles]
 
 
-def gradient_of_tile(z_s: Tensor, z_t: Tensor, terms: Sequence[Term], part: slice, normalizers: Row) -> Tensor:
+def gradient_of_tile(z_s: Tensor, z_t: Tensor, terms: Sequence[Term], part: slice, normalizers: Scalars) -> Tensor:
     """d(sum of weight * divergence)/d(z_s) on a tile (R, C) of the rows part; overwrites z_s and z_t.
 
     z_s and z_t are logits / temperature. normalizers are shift and logsum of both models, (R, 1).
@@ -601,6 +593,7 @@ def gradient_of_tile(z_s: Tensor, z_t: Tensor, terms: Sequence[Term], part: slic
         g = divergence.gradient(lp_s, lp_t, {name: value[part].unsqueeze(1) for name, value in scalars.items()})
         g = g if weight == 1.0 else g.mul_(weight)
         total = g if total is None else total.add_(g)
+    assert total is not None
     return total
 
 

@@ -13,19 +13,22 @@ N rows, S kept rows, R rows of a block (r in memory), V vocabulary, C columns of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from tip_kernels._checks import not_none
 from tip_kernels.distributed.collectives import all_reduce_sum_
 from tip_kernels.distributed.shards import Shard
 from tip_kernels.learn.divergences import (
     Divergence,
+    Row,
+    Scalars,
     Term,
     exp,
     gradient_of_tile,
@@ -35,8 +38,11 @@ from tip_kernels.learn.divergences import (
 from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.sweep import NO_DOUBLE_BACKWARD
 from tip_kernels.measure.topk_teacher import add_columns
-from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows, Tiling
+from tip_kernels.sources.pair import HeadBlock, HeadRows, LogitRows, Pair, Rows, Tiling
 from tip_kernels.stats import IGNORE_LABEL, LABEL_FIELDS, NORMALIZER_FIELDS, Fields
+
+if TYPE_CHECKING:
+    from tip_kernels.backends.triton.row_grad import Label
 
 LN2 = math.log(2.0)
 ENTRY_ROWS = 1024  # of hidden states gathered at a time
@@ -74,6 +80,11 @@ class Objective:
         """The temperature of the rows ids, a float or (S,)."""
         return self.temperature[ids] if isinstance(self.temperature, Tensor) else self.temperature
 
+    def labels_at(self, ids: Tensor) -> Tensor:
+        """The labels (S,) of the rows ids, where they are read."""
+        assert self.labels is not None
+        return self.labels[ids]
+
     def factor(self, ids: Tensor, like: Tensor) -> Tensor:
         """What multiplies the divergence of the rows ids, of the shape of `like` (S,)."""
         factor = 1.0 - self.ce_weight
@@ -88,7 +99,7 @@ class RowsToLearn:
 
     ids: Tensor  # (S,) int64
     measured: Fields  # (S,) shift and logsum of both models, and what the objective needs
-    at_one: Fields | None = None  # (S,) shift_s, logsum_s and logp_s at temperature 1, for a label loss
+    at_one: Scalars | None = None  # (S,) shift_s, logsum_s and logp_s at temperature 1, for a label loss
 
 
 def swept_sums(sweep: RowSweep, pair: Pair, divergences: list[Divergence]) -> list[dict[str, Tensor]]:
@@ -105,7 +116,7 @@ def differentiated(
 ) -> tuple[Tensor, GradientSweep]:
     """The (S,) loss of rows whose statistics are known, without a graph, and the sweep that is its gradient."""
     divergence, measured = objective.divergence, rows.measured
-    normalizers = {}
+    normalizers: dict[str, Tensor] = {}
     for name in NORMALIZER_FIELDS:
         normalizers[name] = measured[name]
     tau, backend, two_pass = objective.temperature_at(rows.ids), pair.backend, []
@@ -116,9 +127,9 @@ def differentiated(
             two_pass.append(term)
     sweep = RowSweep(rows.ids, normalizers, tau, options.workspace, backend)
     sums = iter(sums_of(sweep, pair, two_pass) if two_pass else ())
-    value, terms = 0.0, []
+    value, terms = torch.zeros_like(normalizers["logsum_s"]), []
     for weight, term in parts:
-        row = {**measured, **next(sums)} if term.sums else measured
+        row: Row = {**measured, **next(sums)} if term.sums else measured
         value = value + weight * term.value(row)
         terms.append(Term(weight, term, term.scalars(row)))
     factor = objective.factor(rows.ids, value)
@@ -132,9 +143,9 @@ def differentiated(
         loss = value * factor
     ce = None if rows.at_one is None else CrossEntropy(objective.ce_weight, rows.at_one)
     reads_labels = ce is not None or divergence.needs & LABEL_FIELDS
-    labels = objective.labels[rows.ids] if reads_labels else None
+    labels = objective.labels_at(rows.ids) if reads_labels else None
     if ce is not None:
-        loss = loss - ce.weight * torch.where(labels == IGNORE_LABEL, 0.0, ce.at_rows["logp_s"])
+        loss = loss - ce.logp_of(labels)
     masked = muted or limit is not None
     return loss, GradientSweep(sweep, options, terms, factor, torch.isfinite(loss), labels, ce, masked)
 
@@ -144,7 +155,7 @@ class RowSweep:
     """What every sweep over kept rows shares: the rows, both models' normalizers, and how tiles are made."""
 
     ids: Tensor  # (S,) int64
-    normalizers: Mapping[str, Tensor]  # (S,) shift and logsum of both models
+    normalizers: Scalars  # (S,) shift and logsum of both models
     temperature: float | Tensor  # or (S,)
     workspace: int
     backend: str
@@ -162,7 +173,7 @@ class RowSweep:
         slice_width = pair.student.width if isinstance(pair.student, HeadRows) else 0
         return pair.tiling(self.ids.numel(), self.workspace, buffers=8, slice_width=slice_width)
 
-    def sure_columns(self, z_s: Tensor, part: slice, at_one: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def sure_columns(self, z_s: Tensor, part: slice, at_one: Scalars | None) -> tuple[Tensor, Tensor]:
         """The column of the largest logit of each row of a tile (R, C), and whether its probability is above 1/2.
 
         That is at the temperature of the sweep or, beside a label loss, at 1.
@@ -212,13 +223,13 @@ class RowSweep:
             from tip_kernels.backends.triton.row_sums import row_sums
 
             tau = self.temperature[part] if isinstance(self.temperature, Tensor) else self.temperature
-            terms = [KernelTerm(1.0, divergence.kernel, divergence.params) for divergence in divergences]
+            terms = [KernelTerm(1.0, not_none(divergence.kernel), divergence.params) for divergence in divergences]
             return row_sums(z_s, z_t, rows_of_all(self.normalizers, part), terms, temperature=tau)
         tau = self.temperature_at(part)
         return sums_of_tile(over_(z_s, tau), over_(z_t, tau), divergences, self.columns_at(part))
 
 
-def rows_of_all(values: Mapping[str, Tensor], places: Tensor | slice) -> dict[str, Tensor]:
+def rows_of_all(values: Scalars, places: Tensor | slice) -> dict[str, Tensor]:
     """Some rows of each of the tensors."""
     return {name: value[places] for name, value in values.items()}
 
@@ -233,7 +244,12 @@ class CrossEntropy:
     """The label loss of kept rows, at temperature 1."""
 
     weight: float
-    at_rows: Mapping[str, Tensor]  # (S,) shift_s, logsum_s and logp_s at temperature 1
+    at_rows: Scalars  # (S,) shift_s, logsum_s and logp_s at temperature 1
+
+    def logp_of(self, labels: Tensor | None) -> Tensor:
+        """weight * log p of the labels (S,), 0 in rows without one."""
+        assert labels is not None
+        return self.weight * torch.where(labels == IGNORE_LABEL, 0.0, self.at_rows["logp_s"])
 
 
 @dataclass(frozen=True)
@@ -286,28 +302,28 @@ class LeafSweep:
             dead = (~live).unsqueeze(1)  # on a GPU dropping rows would have to wait
         if isinstance(pair.student, HeadRows):
             return task._through_head(pair, pair.student, upstream, need, dead)
+        assert isinstance(pair.student, LogitRows)
         return task._to_logits(pair, pair.student, upstream, dead)
 
     def _to_logits(self, pair: Pair, student: LogitRows, upstream: Tensor, dead: Tensor | None) -> list[Tensor | None]:
-        all_ids, leaf, matrix = self.sweep.ids, student.leaves[0], student.matrix
-        if self.options.layout == "inplace":
-            out = matrix
-        elif matrix is not None and self.options.layout == "dense":
-            out = torch.zeros_like(matrix)
+        all_ids, leaf, layout = self.sweep.ids, student.leaves[0], self.options.layout
+        if layout == "compact":
+            out = leaf.new_zeros(all_ids.numel(), student.vocab)
+            self.write(pair, upstream, dead, out, None)
+            place = all_ids.unsqueeze(0)
+            return [torch.sparse_coo_tensor(place, out, leaf.shape, is_coalesced=True, check_invariants=False)]
+        if layout == "inplace":
+            out = leaf
+        elif student.matrix is not None:
+            out = torch.zeros_like(student.matrix)
         else:
-            out = leaf.new_zeros(student.n_rows if self.options.layout == "dense" else all_ids.numel(), student.vocab)
-        self.write(pair, upstream, dead, out, None if self.options.layout == "compact" else all_ids)
-        if self.options.layout == "inplace":
-            others = torch.ones(matrix.shape[0], 1, dtype=torch.bool, device=matrix.device).index_fill_(
-                0, all_ids, False
-            )
+            out = leaf.new_zeros(student.n_rows, student.vocab)
+        self.write(pair, upstream, dead, out, all_ids)
+        if layout == "inplace":
+            others = torch.ones(out.shape[0], 1, dtype=torch.bool, device=out.device).index_fill_(0, all_ids, False)
             out.masked_fill_(others, 0.0)
-        if self.options.layout == "compact":
-            out = torch.sparse_coo_tensor(
-                all_ids.unsqueeze(0), out, matrix.shape, is_coalesced=True, check_invariants=False
-            )
         # an alias, which autograd takes for a leaf's gradient as it is: it would copy the logits' own tensor
-        return [out if self.options.layout == "compact" else out.view(leaf.shape)]
+        return [out.view(leaf.shape)]
 
     def write(
         self,
@@ -352,11 +368,13 @@ class LeafSweep:
         tiling, balance = self.sweep.tiling(pair), self.balance(upstream)
         for v0, v1 in tiling.slices:
             weights = pair.weights(v0, v1)
+            assert weights[0] is not None  # of a Head
             with sums.columns(v0, v1, weights[0]):
                 for part in tiling.parts:
                     blocks = pair.blocks(all_ids[part])
                     z = tiling.tiles(blocks, weights, v0, v1)
                     g = self.dlogits_tile(student, z, part, v0, upstream, dead, balance)
+                    assert isinstance(blocks[0], HeadBlock)
                     hidden = blocks[0].hidden
                     hidden = hidden if dead is None else hidden.masked_fill(dead[part], 0.0)
                     sums.add(part, hidden, g, upstream[part] if upstream.dim() == 1 else None)
@@ -398,18 +416,21 @@ class GradientSweep(LeafSweep):
         )
 
     def fill_rows(self, pair: Pair, upstream: Tensor, dead: Tensor | None, out: Tensor, scatter: bool) -> bool:
-        matrices = [source.in_place for source in pair.sources]
-        plain = None not in matrices and pair.student.scale == 1.0 and pair.student.softcap is None
+        z_s, z_t = [source.in_place for source in pair.sources]
+        plain = pair.student.scale == 1.0 and pair.student.softcap is None
         # a clipped row may have scalars that are not finite, which the kernel takes for a row without any gradient
         if self.sweep.backend != "triton" or not plain or (self.ce is not None and self.clipped):
             return False
+        if z_s is None or z_t is None:
+            return False
         upstream = upstream if dead is None else upstream.masked_fill(dead[:, 0], 0.0)
         weights = (upstream * self.factor).masked_fill(upstream == 0, 0.0)
-        where = {"row_ids": self.sweep.ids, "out": out, "scatter": scatter, "label": self._label(upstream, weights)}
-        self._kernel(*matrices, slice(None), weights, balance=True, **where)
+        label = self._label(upstream, weights)
+        where = slice(None), weights, out, self.sweep.ids, scatter, label
+        self._kernel(z_s, z_t, *where, balance=True)
         return True
 
-    def _label(self, upstream: Tensor, weights: Tensor) -> tuple[Tensor, ...] | None:
+    def _label(self, upstream: Tensor, weights: Tensor) -> Label | None:
         """What the labels add to the gradient of whole rows, for the Triton kernel; weights is upstream * factor."""
         if self.labels is None:
             return None
@@ -435,13 +456,15 @@ class GradientSweep(LeafSweep):
         balance: Balance | None,
     ) -> Tensor:
         z_s, z_t = z
+        assert balance is not None
         up = upstream[part] * student.scale
         found = self.sweep.sure_columns(z_s, part, None if self.ce is None else self.ce.at_rows)
         slope = None if student.softcap is None else 1 - (z_s / student.softcap).square_()
-        dce = None if self.ce is None else self._cross_entropy_tile(z_s, part, student.first + v0)
+        dce = None if self.ce is None else self._cross_entropy_tile(self.ce, z_s, part, student.first + v0)
         g = self._divergence_gradient(z_s, z_t, part, up * self.factor[part])
         for term in self.terms:
             if "label_factor" in term.rows:
+                assert self.labels is not None
                 value = term.weight * term.rows["label_factor"][part] * up * self.factor[part]
                 value = value.unsqueeze(1) / self.sweep.temperature_at(part)
                 add_columns(g, self.labels[part].unsqueeze(1), student.first + v0, value)
@@ -449,38 +472,51 @@ class GradientSweep(LeafSweep):
             g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
         if dce is not None:
             g.add_(dce.mul_(up.unsqueeze(1)))
-        for x in (g, slope) if dead is not None else ():
-            if x is not None:
-                x.masked_fill_(dead[part], 0.0)
+        if dead is not None:
+            g.masked_fill_(dead[part], 0.0)
+            slope = slope if slope is None else slope.masked_fill_(dead[part], 0.0)
         balance.take(g, *found, slope, part, student.first + v0)
         return g if slope is None else g.mul_(slope)
 
     def _divergence_gradient(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor) -> Tensor:
         """weights * d(divergence)/dz of one tile (R, C); weights is (R,)."""
         if self.sweep.backend == "triton":
-            return self._kernel(z_s, z_t, part, weights, out=torch.empty_like(z_s))
+            return self._kernel(z_s, z_t, part, weights, torch.empty_like(z_s))
         tau = self.sweep.temperature_at(part)
         g = gradient_of_tile(over_(z_s, tau), over_(z_t, tau), self.terms, part, self.sweep.columns_at(part))
         return g.mul_(weights.unsqueeze(1) / tau)
 
-    def _kernel(self, z_s: Tensor, z_t: Tensor, part: slice, weights: Tensor, **where: object) -> Tensor:
+    def _kernel(
+        self,
+        z_s: Tensor,
+        z_t: Tensor,
+        part: slice,
+        weights: Tensor,
+        out: Tensor,
+        row_ids: Tensor | None = None,
+        scatter: bool = False,
+        label: Label | None = None,
+        balance: bool = False,
+    ) -> Tensor:
         """The same by the Triton kernel, which reads tiles or whole rows."""
         from tip_kernels.backends.triton import row_grad as kernels
 
         terms = [
-            kernels.Term(weight, divergence.kernel, divergence.params, rows_of_all(rows, part))
+            kernels.Term(weight, not_none(divergence.kernel), divergence.params, rows_of_all(rows, part))
             for weight, divergence, rows in self.terms
         ]
         tau = self.sweep.temperature
         tau = tau[part] if isinstance(tau, Tensor) else tau
         return kernels.row_grad(
-            z_s, z_t, weights, rows_of_all(self.sweep.normalizers, part), terms, temperature=tau, **where
-        )
+            z_s, z_t, weights, rows_of_all(self.sweep.normalizers, part), terms, temperature=tau, out=out,
+            row_ids=row_ids, scatter=scatter, label=label, balance=balance,
+        )  # fmt: skip
 
-    def _cross_entropy_tile(self, z_s: Tensor, part: slice, v0: int) -> Tensor:
+    def _cross_entropy_tile(self, ce: CrossEntropy, z_s: Tensor, part: slice, v0: int) -> Tensor:
         """ce.weight * (p_s - one-hot(label)) at temperature 1, 0 in rows without a label."""
-        shift, logsum = (self.ce.at_rows[name][part].unsqueeze(1) for name in ("shift_s", "logsum_s"))
-        weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * self.ce.weight
+        assert self.labels is not None
+        shift, logsum = (ce.at_rows[name][part].unsqueeze(1) for name in ("shift_s", "logsum_s"))
+        weight = (self.labels[part] != IGNORE_LABEL).unsqueeze(1) * ce.weight
         tile = exp(log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
         add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)
         return tile
@@ -505,8 +541,10 @@ class Balance:
         self.others[part] += g.sum(1)
         self.columns[part] = torch.where(sure, columns + first, self.columns[part])
         if slope is not None:
-            self.slope = torch.ones_like(self.others) if self.slope is None else self.slope
-            self.slope[part] = torch.where(sure, slope.gather(1, place).squeeze(1), self.slope[part])
+            if self.slope is None:
+                self.slope = torch.ones_like(self.others)
+            here = self.slope[part]
+            here.copy_(torch.where(sure, slope.gather(1, place).squeeze(1), here))
 
     def entries(self, shard: Shard | None) -> tuple[Tensor, Tensor]:
         """The token of each row's entry, -1 for none (here), and its value; (S,) each."""
@@ -541,17 +579,20 @@ class HeadGradients:
         buffer: Tensor | None = None,
     ) -> None:
         self.student, self.ids, self.into, self.filter = student, ids, into, grad_filter
-        self.need_hidden, self.need_weight, self.need_bias = (*need, False, False, False)[:3]
+        need_hidden, need_weight, need_bias = (*need, False, False, False)[:3]
         weight, device = student.weight, ids.device
-        self.weight = self.bias = None
-        if self.need_weight:
+        self.hidden: Tensor | None = None  # the sums that are wanted
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if need_weight:
             dtype = torch.float32 if wide else weight.dtype
             if buffer is None and into is None:
                 buffer = torch.empty(weight.shape, dtype=dtype, device=device)
             self.weight = buffer if into is None else into
-        if self.need_bias:
-            self.bias = torch.zeros(student.bias.shape, device=device)
-        self.hidden = torch.zeros(ids.numel(), student.width, device=device) if self.need_hidden else None
+        if need_bias:
+            self.bias = torch.zeros(student.leaves[2].shape, device=device)
+        if need_hidden:
+            self.hidden = torch.zeros(ids.numel(), student.width, device=device)
         if grad_filter is not None:
             self.dropped = torch.zeros(ids.numel(), device=device)  # the sum that each row lacks
             self.row_sum = torch.zeros(student.width, device=device)  # of the head's rows
@@ -564,21 +605,21 @@ class HeadGradients:
         first_pass = self.walked == v0
         self.tile = tile
         self.fresh = first_pass and self.into is None
-        if self.need_weight:
-            place = self.weight[v0:v1]
-            own = place.dtype == torch.float32
-            self.slice = place if own else torch.empty(place.shape, device=place.device)
-            self.fresh = self.fresh or not own
+        place = self.slice = None
+        if self.weight is not None:
+            place = self.slice = self.weight[v0:v1]
+            if place.dtype != torch.float32:
+                self.slice, self.fresh = torch.empty(place.shape, device=place.device), True
         if self.filter is not None and first_pass:
             self.row_sum += tile.float().sum(0)
         yield
-        if self.need_weight:
+        if place is not None and self.slice is not None:
             if self.fresh:
                 self.slice.zero_()  # every tile was left out, or there was none
-            if not own:
+            if self.slice is not place:
                 place.add_(self.slice) if self.into is not None else place.copy_(self.slice)
         self.walked = max(self.walked, v1)
-        self.tile = self.slice = None
+        del self.tile, self.slice
 
     def add(self, part: slice, hidden: Tensor, g: Tensor, row_scale: Tensor | None = None) -> None:
         """Takes in g (r, C) fp32 of the open columns, of the rows ids[part] with hidden states (r, H).
@@ -588,13 +629,13 @@ class HeadGradients:
         if self.filter is not None and self.filter.drops(g, row_scale):
             self.dropped[part] += g.sum(1)
             return
-        if self.need_bias:
+        if self.bias is not None:
             self.bias[self.v0 : self.v1] += g.sum(0)
         g = g.to(self.tile.dtype)
-        if self.need_weight:
+        if self.slice is not None:
             _product_into(self.slice, g.t(), hidden, fresh=self.fresh)
             self.fresh = False
-        if self.need_hidden:
+        if self.hidden is not None:
             _product_into(self.hidden[part], g, self.tile, fresh=False)
 
     def add_entries(self, tokens: Tensor, values: Tensor) -> None:
@@ -604,20 +645,20 @@ class HeadGradients:
             return
         here = (columns >= 0) & (columns < student.columns)
         columns, values = columns.clamp(0, student.columns - 1), torch.where(here, values, 0.0)
-        if self.need_bias:
+        if self.bias is not None:
             self.bias.index_add_(0, columns, values)
-        if self.need_hidden:
+        if self.hidden is not None:
             for out, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.hidden, columns, values)), strict=True):
                 out.add_(_scaled(student.weight[at].to(student.dtype).float(), g))
-        if not self.need_weight:
+        if self.weight is None:
             return
         if self.weight.dtype == torch.float32:
             for ids, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.ids, columns, values)), strict=True):
                 self.weight.index_add_(0, at, _scaled(self._hidden_at(ids), g))
             return
-        self._add_rounded_once(columns, values)
+        self._add_rounded_once(self.weight, columns, values)
 
-    def _add_rounded_once(self, columns: Tensor, values: Tensor) -> None:
+    def _add_rounded_once(self, weight: Tensor, columns: Tensor, values: Tensor) -> None:
         """Entries into a weight narrower than fp32: a token's sum is made in fp32, over the steps of this walk, too."""
         order = columns.argsort(stable=True)
         columns = columns[order]
@@ -638,7 +679,7 @@ class HeadGradients:
                 goes_on = steps[i + 1][2][0] == groups[-1]
                 begun = torch.where(goes_on, last, 0.0)
                 total.index_copy_(0, slot[-1:], torch.where(goes_on, 0.0, last))
-            self.weight.index_add_(0, token, total.to(self.weight.dtype))
+            weight.index_add_(0, token, total.to(weight.dtype))
 
     def _hidden_at(self, ids: Tensor) -> Tensor:
         """Hidden states (len(ids), H) as the products take them, in fp32."""
@@ -651,29 +692,29 @@ class HeadGradients:
         That of weight is None where it was added elsewhere, or is added to `into` now, before it is rounded.
         """
         student, weight = self.student, None
-        if self.need_hidden and student.shard is not None:
+        if self.hidden is not None and student.shard is not None:
             all_reduce_sum_(self.hidden, student.shard.group)
-        if self.need_hidden and self.filter is not None:
+        if self.hidden is not None and self.filter is not None:
             self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)
         if factor is not None:
             for x in (self.hidden, self.weight if self.into is None else None, self.bias):
                 if x is not None:
                     x.mul_(factor)
-        hidden = self._rounded_hidden() if self.need_hidden else None
-        if self.need_weight and self.into is None:
+        hidden = None if self.hidden is None else self._rounded_hidden(self.hidden)
+        if self.weight is not None and self.into is None:
             self.weight[self.walked :].zero_()  # beyond vocab_size
             if into is not None:
                 into += self.weight
             weight = None if into is not None else self.weight.to(student.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(student.bias.dtype)
+        bias = None if self.bias is None else self.bias.to(student.leaves[2].dtype)
         return [hidden, weight, bias][: len(student.leaves)]
 
-    def _rounded_hidden(self) -> Tensor:
+    def _rounded_hidden(self, sums: Tensor) -> Tensor:
         """d(hidden) of all N rows in the leaf's dtype and shape, 0 where not of `ids`."""
         student = self.student
         out = torch.zeros(student.hidden.shape, dtype=student.hidden.dtype, device=self.ids.device)
         for part in range(0, self.ids.numel(), 4096):
-            rows = self.hidden[part : part + 4096].to(out.dtype)
+            rows = sums[part : part + 4096].to(out.dtype)
             out.view(-1, student.width).index_copy_(0, self.ids[part : part + 4096], rows)
         return out
 
@@ -697,35 +738,46 @@ def with_gradient(values: Tensor, sweep: LeafSweep, pair: Pair) -> Tensor:
     return _WithGradient.apply(values, sweep, pair, *pair.student.leaves)
 
 
+class Context(FunctionCtx):
+    """What a backward finds of its forward: autograd's own, and what `save` keeps."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    constants: list[Tensor | None]
+    n_leaves: int
+    pair: Pair
+    sweep: LeafSweep
+
+
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, values: Tensor, sweep: LeafSweep, pair: Pair, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Context, values: Tensor, sweep: LeafSweep, pair: Pair, *leaves: Tensor) -> Tensor:
         save(ctx, pair)
         ctx.sweep = sweep
         return values.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[3:]
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         pair = saved(ctx)
-        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
-            grads = ctx.sweep.run(pair, upstream.detach(), need)
+        with torch.no_grad(), torch.autocast(upstream[0].device.type, enabled=False):
+            grads = ctx.sweep.run(pair, upstream[0].detach(), ctx.needs_input_grad[3:])
         return None, None, None, *once(grads, pair.student.leaves)
 
 
-def save(ctx: FunctionCtx, pair: Pair) -> None:
+def save(ctx: Context, pair: Pair) -> None:
     """Keeps a pair's tensors for backward, as autograd wants them kept."""
     # Saved tensors let autograd refuse a backward after an in-place change; those of inference mode cannot change.
     tensors = [*pair.student.leaves, *(pair.teacher.leaves if pair.teacher is not None else ())]
-    ctx.save_for_backward(*[None if tensor.is_inference() else tensor for tensor in tensors])
+    kept = [None if tensor.is_inference() else tensor for tensor in tensors]
+    ctx.save_for_backward(*kept)  # pyright: ignore[reportArgumentType]  (autograd takes None, torch's stub does not)
     ctx.constants = [tensor if tensor.is_inference() else None for tensor in tensors]
     ctx.n_leaves, ctx.pair = len(pair.student.leaves), pair.with_leaves()
 
 
-def saved(ctx: FunctionCtx) -> Pair:
+def saved(ctx: Context) -> Pair:
     """The pair that `save` kept."""
     both = zip(ctx.saved_tensors, ctx.constants, strict=True)
-    tensors = tuple([tensor if constant is None else constant for tensor, constant in both])
+    tensors = tuple([x for kept in both for x in kept if x is not None])  # one of the two
     return ctx.pair.with_leaves(tensors[: ctx.n_leaves], tensors[ctx.n_leaves :])
 
 
@@ -742,5 +794,5 @@ class _NoDoubleBackward(torch.autograd.Function):
         return grad.detach()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> NoReturn:
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> NoReturn:
         raise RuntimeError(NO_DOUBLE_BACKWARD)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tip_kernels._checks import expect
+from tip_kernels._checks import expect, not_none
 from tip_kernels.learn import divergences as family
 from tip_kernels.learn.divergences import Divergence, Term
 from tip_kernels.learn.gradient_sweep import (
@@ -190,24 +190,24 @@ def _sweep_gradient(
 ) -> list[Tensor]:
     """The gradients of those leaves of the student that need one; upstream is (S,)."""
     pair = unpacked(student, teacher, head_numbers, vocab, dtype_s, dtype_t)
-    rows = dict(zip(row_names.split(), rows, strict=True))
+    named = dict(zip(row_names.split(), rows, strict=True))
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in rows.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
     gradient = GradientSweep(
-        _sweep_of(rows, temperature, workspace, backend),
+        _sweep_of(named, temperature, workspace, backend),
         GradOptions(workspace),
         [Term(*term, part(f"{i}.")) for i, term in enumerate(_terms_of(terms, numbers))],
-        rows["factor"],
-        rows["finite"],
-        rows.get("labels"),
-        CrossEntropy(ce_weight, part("ce.")) if "ce.logp_s" in rows else None,
+        named["factor"],
+        named["finite"],
+        named.get("labels"),
+        CrossEntropy(ce_weight, part("ce.")) if "ce.logp_s" in named else None,
         clipped,
     )
     with torch.autocast(upstream.device.type, enabled=False):
         grads = gradient.run(pair, upstream, tuple(need))
-    return [grad.contiguous() for grad, needed in zip(grads, need, strict=True) if needed]
+    return [not_none(grad).contiguous() for grad, needed in zip(grads, need, strict=True) if needed]
 
 
 @_sweep_gradient.register_fake

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tip_kernels._checks import not_none
 from tip_kernels.learn import ops
 from tip_kernels.learn.divergences import exp, log_probabilities
 from tip_kernels.learn.gradient_sweep import (
@@ -29,14 +30,15 @@ from tip_kernels.measure import ops as measure_ops
 from tip_kernels.measure import sweep as measuring
 from tip_kernels.measure.topk_teacher import add_columns, hide_columns, partial_divergence, student_outcomes
 from tip_kernels.sources.pair import LogitRows, Pair, Rows
+from tip_kernels.sources.topk import TopKRows
 from tip_kernels.stats import IGNORE_LABEL
 
 
-def outcome_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: GradOptions) -> Tensor:
+def outcome_loss(pair: Pair, topk: TopKRows, objective: Objective, rows: RowsToLearn, options: GradOptions) -> Tensor:
     """The (S,) loss of rows whose outcomes were measured, with its backward attached."""
-    measured, topk, divergence = rows.measured, pair.topk, objective.divergence
+    measured, divergence = rows.measured, objective.divergence
     logits = student_outcomes(measured)
-    labels = None if rows.at_one is None else objective.labels[rows.ids]
+    labels = None if rows.at_one is None else objective.labels_at(rows.ids)
     if rows.at_one is not None:  # one column more: the label's logit
         label_logit = rows.at_one["logp_s"] + measured["logsum_s"]
         logits = torch.cat([logits, torch.where(labels == IGNORE_LABEL, 0.0, label_logit).unsqueeze(1)], 1)
@@ -51,7 +53,8 @@ def outcome_loss(pair: Pair, objective: Objective, rows: RowsToLearn, options: G
     invalid = (y.isnan() | lp_t.isnan().any(1, keepdim=True)).any(1)
     y, lp_t = [x.masked_fill(invalid.unsqueeze(1), 0.0) for x in (y, lp_t)]  # no NaN meets the 0 of its gradient
     if topk.tail == "ignore":
-        loss = sum([weight * partial_divergence(term.kernel, y, lp_t) for weight, term in divergence.terms])
+        parts = [weight * partial_divergence(not_none(term.kernel), y, lp_t) for weight, term in divergence.terms]
+        loss = sum(parts[1:], parts[0])
         loss = loss if divergence.max_per_row is None else loss.clamp(max=divergence.max_per_row)
     else:
         loss = _whole(Pair(LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)), Objective(divergence), options)

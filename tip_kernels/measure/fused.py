@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tip_kernels._checks import not_none
 from tip_kernels.backends.eager.online import label_field
-from tip_kernels.sources.pair import HeadRows, LogitRows, Pair, Rows
+from tip_kernels.sources.pair import HeadRows, Pair, Rows
 from tip_kernels.stats import MARGIN_FIELDS, TOP_FIELDS, Blend, Fields, blends_of
 
 
@@ -25,8 +26,8 @@ def kernel_for(pair: Pair, want: frozenset[str | Blend], n_rows: int) -> Callabl
 
 
 def measure_logits(
-    sources: list[LogitRows],
-    want: frozenset[str],
+    sources: list[Rows],
+    want: frozenset[str | Blend],
     rows: Tensor | None,
     labels: Tensor | None,
     temperature: float | Tensor,
@@ -35,9 +36,10 @@ def measure_logits(
     """One kernel over logits in memory; chosen rows are gathered block by block."""
     from tip_kernels.backends.triton.row_stats import row_stats
 
-    margins, matrices = bool(want & MARGIN_FIELDS), [source.in_place for source in sources]
+    margins, matrices = bool(want & MARGIN_FIELDS), [not_none(source.in_place) for source in sources]
+    out: Fields
     if rows is None:
-        out = row_stats(*matrices, margins=margins, temperature=temperature)
+        out = {**row_stats(*matrices, margins=margins, temperature=temperature)}
     else:
         block = max(1, workspace // sum(matrix.shape[1] * matrix.element_size() for matrix in matrices))
         done = []
@@ -55,21 +57,22 @@ def measure_logits(
     return out
 
 
-def _is_fused(sources: list[Rows], want: frozenset[str], n_rows: int) -> bool:
+def _is_fused(sources: list[Rows], want: frozenset[str | Blend], n_rows: int) -> bool:
     """Whether one kernel takes the products and their fold: where it can, and where that pays."""
-    if want & MARGIN_FIELDS or not all(isinstance(source, HeadRows) for source in sources):
+    heads = [source for source in sources if isinstance(source, HeadRows)]
+    if want & MARGIN_FIELDS or len(heads) < len(sources):
         return False
     from tip_kernels.backends.triton import linear_stats
 
-    whole = all(source.hidden.dtype == source.weight.dtype == source.dtype for source in sources)  # no autocast
-    fits = all(linear_stats.describable(x) for source in sources for x in (source.hidden, source.weight))
-    width = max(source.width for source in sources)
-    return whole and fits and linear_stats.fused_pays(n_rows, width, sources[0].dtype)
+    whole = all(head.hidden.dtype == head.weight.dtype == head.dtype for head in heads)  # no autocast
+    fits = all(linear_stats.describable(x) for head in heads for x in (head.hidden, head.weight))
+    width = max(head.width for head in heads)
+    return whole and fits and linear_stats.fused_pays(n_rows, width, heads[0].dtype)
 
 
 def measure_hidden(
     sources: list[HeadRows],
-    want: frozenset[str],
+    want: frozenset[str | Blend],
     rows: Tensor | None,
     labels: Tensor | None,
     temperature: float | Tensor,

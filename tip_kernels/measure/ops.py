@@ -29,7 +29,7 @@ def measure(
     temperature: float | Tensor = 1.0,
     top_k: int = 0,
     workspace: int,
-    record: list[Tensor | None] | None = None,
+    record: Sequence[Tensor | None] | None = None,
 ) -> Fields:
     """`sweep.measure` in a graph of torch.compile: one op, but beside a TopK."""
     if pair.topk is not None:

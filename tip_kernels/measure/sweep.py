@@ -7,7 +7,7 @@ is walked, and merged as the parts of a row are. R rows of a block, C columns of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -27,6 +27,7 @@ from tip_kernels.measure.topk_teacher import (
     take_columns,
 )
 from tip_kernels.sources.pair import LogitRows, Pair, Rows
+from tip_kernels.sources.topk import TopKRows
 from tip_kernels.stats import (
     LABEL_FIELDS,
     MARGIN_FIELDS,
@@ -54,7 +55,7 @@ def measure(
     temperature: float | Tensor = 1.0,
     top_k: int = 0,
     workspace: int,
-    record: list[Tensor | None] | None = None,
+    record: Sequence[Tensor | None] | None = None,
 ) -> Fields:
     """The wanted statistics of all rows, or of the rows with the given ids, as {field: (len(rows),)}.
 
@@ -76,7 +77,7 @@ def measure(
         else:
             out = _walk(pair, want, rows, labels, temperature, top_k, workspace, triton, record)
         if pair.topk is not None:
-            out |= _beside_topk(out, pair, want, rows, labels, workspace)
+            out |= _beside_topk(out, pair.topk, pair.vocab, want, rows, labels, workspace)
     for name in out.keys() - want - PRIVATE_FIELDS:
         del out[name]
     return out
@@ -91,7 +92,7 @@ def _walk(
     top_k: int,
     workspace: int,
     triton: bool,
-    record: list[Tensor | None] | None,
+    record: Sequence[Tensor | None] | None,
 ) -> Fields:
     """The statistics of rows, walked block by block and tile by tile. labels and temperature are those of the rows."""
     made = _Accumulators(pair, want, pair.n_rows if rows is None else rows.numel(), top_k, workspace, triton)
@@ -153,7 +154,7 @@ class _Accumulators:
         return found
 
 
-def _copies(record: list[Tensor | None] | None, n_models: int, part: slice) -> list[Tensor | None]:
+def _copies(record: Sequence[Tensor | None] | None, n_models: int, part: slice) -> list[Tensor | None]:
     """Where a block's logits of each source are to be copied."""
     copies: list[Tensor | None] = [None] * n_models
     for i, z in enumerate(record or ()):
@@ -170,12 +171,18 @@ def _finished(accumulators: list[Accumulator], merged: Callable[[], list[list[St
 
 
 def _beside_topk(
-    out: Fields, pair: Pair, want: frozenset[str | Blend], rows: Tensor | None, labels: Tensor | None, workspace: int
+    out: Fields,
+    topk: TopKRows,
+    vocab: int,
+    want: frozenset[str | Blend],
+    rows: Tensor | None,
+    labels: Tensor | None,
+    workspace: int,
 ) -> Fields:
     """What compares the student's outcomes, measured in out, with those of a TopK."""
-    topk, ids = pair.topk, slice(None) if rows is None else rows
+    ids = slice(None) if rows is None else rows
     y = student_outcomes(out)
-    lp_t = topk.log_outcomes(ids, pair.vocab, y[:, -1].isneginf())
+    lp_t = topk.log_outcomes(ids, vocab, y[:, -1].isneginf())
     if topk.tail == "ignore":
         fields = partial_fields(y, lp_t)
     else:
@@ -199,9 +206,11 @@ class Accumulator(Protocol):
 
     def state(self) -> State:
         """What was gathered, in the same shapes and dtypes on every rank."""
+        ...
 
     def finish(self, states: list[State], fields: Fields) -> Fields:
         """The statistics of all ranks' states; fields holds those of the accumulators after this one."""
+        ...
 
 
 class ListedMoments:
@@ -212,8 +221,9 @@ class ListedMoments:
 
     def __init__(self, ids: Tensor, columns: int, vocab: int, want: frozenset[str | Blend]) -> None:
         self.ids, want = ids, want & STUDENT_FIELDS
-        self.fold = online.Fold(*ids.shape[:1], columns, 1, want, ids.device)
-        self.fold_listed = online.Fold(*ids.shape, 1, want, ids.device)
+        n_rows, k = ids.shape
+        self.fold = online.Fold(n_rows, columns, 1, want, ids.device)
+        self.fold_listed = online.Fold(n_rows, k, 1, want, ids.device)
         self.z = torch.where(
             (ids >= vocab) | (ids < -1), torch.nan, torch.full(ids.shape, -torch.inf, device=ids.device)
         )
@@ -318,9 +328,9 @@ def list_fields(
     top_k: int,
     want: frozenset[str | Blend],
     temperature: float | Tensor,
-) -> dict[str, Tensor]:
+) -> Fields:
     """Margins, agreement and top-k statistics from the models' lists of largest logits."""
-    fields: dict[str, Tensor] = {}
+    fields: Fields = {}
     for model, top in zip("st", tops, strict=False):
         if f"margin_{model}" in want:
             values, nan = top.values, 0.0 * out[f"logsum_{model}"]
