@@ -17,7 +17,7 @@ format: ## the same, mended
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-types: ## pyright on what a user's type checker sees (pip install pyright)
+types: ## pyright on the package but its Triton kernels, and on a user's script (pip install pyright)
 	$(PYTHON) -m pyright
 
 docs: ## the pages, strictly (pip install -e ".[docs]")

@@ -76,6 +76,15 @@ def default(session: nox.Session) -> None:
     session.run("bash", "-euo", "pipefail", "-c", shlex.join(["echo", TESTS]) + "\n" + TESTS, external=True)
 
 
+@nox.session(python="3.11")
+def types(session: nox.Session) -> None:
+    """pyright, as pyproject.toml sets it up, with what the tests install."""
+    *installs, _ = (shlex.split(step) for step in TESTS.split(" && "))
+    for words in installs:
+        session.install(*words[words.index("install") + 1 :])
+    session.run("python", "-m", "pyright")
+
+
 @nox.session(python=["3.11", "3.12", "3.13"])
 def newest(session: nox.Session) -> None:
     """Everything newest."""
