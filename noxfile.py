@@ -76,7 +76,7 @@ def default(session: nox.Session) -> None:
     session.run("bash", "-euo", "pipefail", "-c", shlex.join(["echo", TESTS]) + "\n" + TESTS, external=True)
 
 
-@nox.session(python="3.11")
+@nox.session
 def types(session: nox.Session) -> None:
     """pyright, as pyproject.toml sets it up, with what the tests install."""
     *installs, _ = (shlex.split(step) for step in TESTS.split(" && "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Compared:
     ours: Tensor
     truth: Tensor
     eager: Tensor
+    _: KW_ONLY
     is_gradient: bool = False
     grain: float = 0.0  # the relative step of a dtype that the result was rounded to
 
@@ -76,7 +77,7 @@ class Source:
     scale: float = 1.0
     softcap: float | None = None
 
-    def on(self, device: torch.device, grad: bool = False) -> tuple[Leaves, object, object]:
+    def on(self, device: torch.device, grad: bool = False) -> tuple[Leaves, Tensor | Head, Tensor | Head]:
         """The student's leaves there, the student and the teacher."""
         leaves = [x.detach().to(device, copy=True).requires_grad_(grad) for x in self.leaves]
         frozen = [x.to(device) for x in self.frozen]
@@ -177,7 +178,7 @@ def case(device: torch.device, n_rows: int = 24, vocab: int = 2003) -> Case:
     sources = [
         Source("logits", [z_s], [z_t]),
         Source("Head", head, other, scale=1.25, softcap=9.0),
-        Source("bfloat16 Head", *half),
+        Source("bfloat16 Head", half[0], half[1]),
     ]
     sampled = rows * 7919 % (vocab - BANNED)
     return Case(

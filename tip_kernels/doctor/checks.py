@@ -35,7 +35,7 @@ from tip_kernels.select.papers import (
     TopMargin,
 )
 from tip_kernels.select.quadrants import quadrants
-from tip_kernels.select.rule import KeepAll, RandomRows, SoftOr, Threshold
+from tip_kernels.select.rule import KeepAll, RandomRows, Rule, SoftOr, Threshold
 from tip_kernels.select.tip import Overconfident, SampleEntropy, TopDivergence, TopEntropy
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import STATISTICS, TokenStats
@@ -87,22 +87,24 @@ def _statistic(field: str, case: Case) -> Iterator[Compared]:
 def _statistics_of(case: Case) -> list[tuple[str, TokenStats, dict[str, Tensor], dict[str, Tensor]]]:
     """What was measured, its statistics, those of the formulas in float64 and in float32."""
     found = []
-    on = {"labels": case.labels.to(case.device), "margins": True, "workspace_mib": 1}
+    labels = case.labels.to(case.device)
+    measured = partial(token_stats, labels=labels, margins=True, workspace_mib=1)
     for source in (*case.sources.values(), case.with_ban):
         _, student, teacher = source.on(case.device)
         for tau in (None, case.temperature):
-            at = {} if tau is None else {"temperature": tau.to(case.device)}
+            at = 1.0 if tau is None else tau.to(case.device)
             right = [_statistics(case, source, tau, dtype) for dtype in (torch.float64, torch.float32)]
             what = source.name if tau is None else f"{source.name}, a temperature a row"
-            found.append((what, token_stats(student, teacher, top_k=TOP_K, **on, **at), *right))
-            found.append((f"{what}, student alone", token_stats(student, **on, **at), *right))
+            found.append((what, measured(student, teacher, top_k=TOP_K, temperature=at), *right))
+            found.append((f"{what}, student alone", measured(student, temperature=at), *right))
     return found
 
 
 def _statistics(case: Case, source: Source, tau: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     z_s, z_t = source.logits([x.to(dtype) for x in source.leaves])
-    tau = 1.0 if tau is None else tau.to(dtype)[:, None]
-    return truth.statistics(z_s / tau, z_t / tau, case.labels, TOP_K)
+    if tau is not None:
+        z_s, z_t = (z / tau.to(dtype)[:, None] for z in (z_s, z_t))
+    return truth.statistics(z_s, z_t, case.labels, TOP_K)
 
 
 def _importance(case: Case) -> Iterator[Compared]:
@@ -318,17 +320,20 @@ def _listed_teacher(tail: str, case: Case) -> Iterator[Compared]:
 def _distill(
     strategy: str,
     case: Case,
+    *,
+    select: Rule,
     execution: Execution = EXECUTION,
-    **options: object,
 ) -> Iterator[Compared]:
     """Reverse KL at a temperature a row, beside a label loss, over the rows that the rule chose."""
     _counts_in_float64(case.device)
     source, labelled = case.head, case.labels >= 0
     leaves, student, teacher = source.on(case.device, grad=True)
-    on = {name: getattr(case, name).to(case.device) for name in ("labels", "temperature")}
-    options = {"row_mask": case.mask.to(case.device), "row_weights": case.weights.to(case.device)} | on | options
-    rollouts = case.rollouts.to(case.device)
-    out = distill(student, teacher, ce_weight=0.25, rollout_ids=rollouts, execution=execution, **options)
+    columns = (case.mask, case.rollouts, case.labels, case.weights, case.temperature)
+    mask, rollouts, given_labels, w, tau = (column.to(case.device) for column in columns)
+    out = distill(
+        student, teacher, select=select, ce_weight=0.25, row_mask=mask, rollout_ids=rollouts, labels=given_labels,
+        row_weights=w, temperature=tau, execution=execution,
+    )  # fmt: skip
     if not execution.backward:
         out.loss.backward()
     if out.plan.strategy != strategy:
@@ -451,7 +456,7 @@ def _adakd(case: Case) -> Iterator[Compared]:
 
 def _step_selection(case: Case) -> Iterator[Compared]:
     """Rows chosen over two micro-batches are those of the whole case, ranked by their divergence."""
-    _, student, teacher = case.logits.on(case.device)
+    student, teacher = (z.to(case.device) for z in (case.logits.leaves[0], case.logits.frozen[0]))
     step, halves = (
         StepSelection(TopDivergence(KEEP, by="kl_rev", scope="batch")),
         (slice(0, None, 2), slice(1, None, 2)),

@@ -54,10 +54,11 @@ def _kernel_stats(case: Case) -> Iterator[Compared]:
     _, student, teacher = case.logits.on(case.device)
     with backend("triton"):
         stats = token_stats(student, teacher, margins=True)
-    right, eager = (
-        truth.statistics(*case.logits.logits([x.to(dtype) for x in case.logits.leaves]), case.labels, 1)
-        for dtype in (torch.float64, torch.float32)
-    )
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        z_s, z_t = case.logits.logits([x.to(dtype) for x in case.logits.leaves])
+        found.append(truth.statistics(z_s, z_t, case.labels, 1))
+    right, eager = found
     for name in ("lse_s", "lse_t", "entropy_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq", "margin_s", "agree"):
         yield Compared(name, getattr(stats, name), right[name], eager[name])
 
@@ -69,25 +70,26 @@ def _kernel_linear(case: Case) -> Iterator[Compared]:
         raise NotHere("another kernel is faster on this device and takes its place")
     head = [[x.to(torch.float16) for x in leaves[:2]] for leaves in (case.head.leaves, case.head.frozen)]
     ours = linear_stats(*(x.to(case.device) for leaves in head for x in leaves))
-    right, eager = (
-        truth.statistics(*(truth.logits(*(x.to(dtype) for x in leaves)) for leaves in head), case.labels, 1)
-        for dtype in (torch.float64, torch.float32)
-    )
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        z_s, z_t = (truth.logits(*(x.to(dtype) for x in leaves)) for leaves in head)
+        found.append(truth.statistics(z_s, z_t, case.labels, 1))
+    right, eager = found
     for name in ("lse_s", "entropy_t", "kl_fwd", "kl_rev", "hellinger_sq"):
         yield Compared(name, ours[name], right[name], eager[name])
 
 
-def _kernel_loss(name: str, part: slice, case: Case, **options: object) -> Iterator[Compared]:
+def _kernel_loss(name: str, part: slice, case: Case, *, grad_logits: str = "dense") -> Iterator[Compared]:
     """The value or the gradient of a divergence by kernels, its statistics by tiled torch."""
     leaves, student, teacher = case.logits.on(case.device, grad=True)
-    logits = student.detach().clone() if options else None
+    logits = leaves[0].detach().clone() if grad_logits == "inplace" else None
     with backend("eager"):
         stats = token_stats(student, teacher)
     divergence = getattr(divergences, name)(*truth.DIVERGENCES[name][0])
     with backend("triton"):
-        loss = divergence_loss(student, teacher, divergence=divergence, stats=stats, **options)
+        loss = divergence_loss(student, teacher, divergence=divergence, stats=stats, grad_logits=grad_logits)
         loss.sum().backward()
-    if logits is not None and torch.equal(student.detach(), logits):
+    if logits is not None and torch.equal(leaves[0].detach(), logits):
         raise AssertionError("the gradient was not written into the logits")
     yield from case.logits.compared(loss, leaves, lambda *z: _divergence(case, name, *z))[part]
 

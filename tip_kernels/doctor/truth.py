@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
     """(N, V) of a head."""
     z = scale * (hidden @ weight.T + (0.0 if bias is None else bias))
