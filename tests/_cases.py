@@ -265,5 +265,7 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.macs += a.shape[0] * a.shape[1] * b.shape[1]
+        if name == "_linear_pointwise":  # oneDNN's, of a and of b transposed
+            self.macs += args[0].shape[0] * args[0].shape[1] * args[1].shape[0]
         assert name not in ("bmm", "baddbmm", "matmul", "linear"), name
         return func(*args, **(kwargs or {}))

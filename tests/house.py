@@ -46,6 +46,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "tip_kernels"
@@ -284,7 +285,12 @@ def _tensors() -> tuple:
 
 
 def our_walks() -> dict[str, Walk]:
+    """With torch.mm's products, wherever this is run."""
+    import torch
+
     import tip_kernels as tip
+    from tip_kernels.learn import gradient_sweep
+    from tip_kernels.sources import pair
 
     def heads() -> tuple[tip.Head, tip.Head]:
         hidden_s, weight_s, hidden_t, weight_t = _tensors()
@@ -295,7 +301,9 @@ def our_walks() -> dict[str, Walk]:
         "divergence_loss": lambda: tip.divergence_loss(*heads()).sum().backward(),
         "distill": lambda: tip.distill(*heads()).loss.backward(),
     }
-    return {name: _second(work, Path(tip.__file__).parent) for name, work in works.items()}
+    products = {"mm": torch.mm, "addmm_": torch.Tensor.addmm_}
+    with mock.patch.object(pair, "mm", torch.mm), mock.patch.multiple(gradient_sweep, **products):
+        return {name: _second(work, Path(tip.__file__).parent) for name, work in works.items()}
 
 
 def _second(work: Callable[[], object], package: Path) -> Walk:

@@ -581,7 +581,7 @@ LEARNING = [
     ("learn/topk_loss.py", "g.mul_(up[:, k : k + 1])", "g.mul_(1.0)", TOPK_GRAD),
     ("learn/gradient_sweep.py", "self.bias[self.v0 : self.v1] += g.sum(0)", "self.bias[self.v0 : self.v1] = g.sum(0)",
      "test_one_sweep.py::test_the_gradient_is_that_of_the_reference"),
-    ("learn/gradient_sweep.py", "out.addmm_(a, b)", "torch.mm(a, b, out=out)", "test_losses.py test_one_sweep.py -k tiny_workspace"),
+    ("learn/gradient_sweep.py", "addmm_(out, a, b)", "mm(a, b, out=out)", "test_losses.py test_one_sweep.py -k tiny_workspace"),
     ("learn/gradient_sweep.py", "self.weight[self.walked :].zero_()", "pass",
      "test_losses.py::test_gradients_of_every_leaf_of_a_head_are_no_worse_than_eager_fp32"),
     ("learn/gradient_sweep.py", "self.hidden.addcmul_(self.dropped.unsqueeze(1), self.row_sum.unsqueeze(0) / student.vocab)", "pass",

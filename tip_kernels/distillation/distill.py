@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, refuse
+from tip_kernels.backends.products import LIBRARY
 from tip_kernels.distillation.one_sweep import KnownRows, Layout, Learned, SecondSweepByRows, StashedRows
 from tip_kernels.distillation.options import Execution, Plan
 from tip_kernels.distributed import collectives
@@ -167,7 +168,8 @@ def distill(
             scale = None if learned.gradients is not None else execution.grad_scale
             loss.backward(None if scale is None else torch.as_tensor(scale, device=loss.device).float())
         loss = loss.detach()
-    return Distilled(loss, learned.stats, learned.kept, Plan(how, batch.units, workspace_mib, *dropped))
+    products = LIBRARY.get(pair.device.type, "torch")
+    return Distilled(loss, learned.stats, learned.kept, Plan(how, batch.units, workspace_mib, *dropped, products))
 
 
 def _with_ce_of_all_rows(

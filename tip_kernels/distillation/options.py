@@ -64,6 +64,8 @@ class Plan:
         kept_rows: () int64 on the device: how many rows were kept.
         dropped_rows: () int64 on the device: kept rows of weight 0 because their loss is NaN or infinite.
         weight: () fp32 on the device: the sum of the weights of the other kept rows, without weights their number.
+        products: What made the fp32 products: "torch" (torch.mm), or "onednn", the faster one on a CPU of AMD's; the
+            environment variable TIP_KERNELS_PRODUCTS, read at the first import, chooses.
     """
 
     strategy: str
@@ -72,3 +74,4 @@ class Plan:
     kept_rows: Tensor
     dropped_rows: Tensor
     weight: Tensor
+    products: str = "torch"

@@ -12,6 +12,7 @@ import torch
 
 from tip_kernels import _versions
 from tip_kernels.backends.choice import ENVIRONMENT, TRITON_DEVICES, TRITON_IS_INSTALLED, backend_for
+from tip_kernels.backends.products import LIBRARY
 
 Facts = dict[str, object]
 
@@ -49,6 +50,7 @@ def device_facts(device: torch.device) -> Facts:
     elif device.type == "cpu":
         facts["name"] = _cpu_name()
         facts["capability"] = torch.backends.cpu.get_cpu_capability()
+        facts["products"] = f"products by {LIBRARY['cpu']}"
     return facts
 
 

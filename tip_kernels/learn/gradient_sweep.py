@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from tip_kernels._checks import not_none
+from tip_kernels.backends.products import addmm_, mm
 from tip_kernels.distributed.collectives import all_reduce_sum_
 from tip_kernels.distributed.shards import Shard
 from tip_kernels.learn.divergences import (
@@ -727,7 +728,7 @@ def _scaled(x: Tensor, g: Tensor) -> Tensor:
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """out (fp32) = a @ b where fresh, else out += a @ b; summed in fp32."""
     if a.dtype == torch.float32:
-        torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
+        mm(a, b, out=out) if fresh else addmm_(out, a, b)
     else:
         product = torch.mm(a, b, out_dtype=torch.float32)
         out.copy_(product) if fresh else out.add_(product)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tip_kernels._checks import FLOATS, finite_number, flat_rows, is_int, refuse
 from tip_kernels.backends.choice import CHOSEN, backend_for
+from tip_kernels.backends.products import mm
 from tip_kernels.distributed.collectives import is_group
 from tip_kernels.distributed.shards import Shard, own_shard, replicated, shard_of, whole
 from tip_kernels.sources.topk import TopK, TopKRows, check_request
@@ -277,7 +278,7 @@ class HeadRows(Rows):
 
     def operand(self, x: Tensor) -> Tensor:
         """What a product takes of x."""
-        # CPU products of 16-bit operands are slow and cannot come out in fp32: upcast what the forward would have used.
+        # A CPU rounds its products of 16-bit operands to 16 bits, fast or not: upcast what the forward would have used.
         x = x.to(self.dtype)
         return x.float() if x.device.type == "cpu" else x
 
@@ -300,7 +301,7 @@ class HeadBlock(Block):
             return out.fill_(-torch.inf)
         weight = source.weight_tile(v0, v1) if weight is None else weight
         if weight.dtype == torch.float32:
-            torch.mm(self.hidden, weight.t(), out=out)
+            mm(self.hidden, weight.t(), out=out)
         else:
             out.copy_(torch.mm(self.hidden, weight.t(), out_dtype=torch.float32))
         if source.bias is not None:
