@@ -359,7 +359,7 @@ BORDERS = [
     ("hooks/transformers.py", "return run(*args, **named)", "return nn.Linear.forward(output, *args, **named)", HOOKED + "what_wraps_an_output_layer_is_run"),
     ("hooks/transformers.py", "weight.is_leaf and now is not weight", "False", HOOKED + "an_offloaded_head_is_taken_through_its_hook_unless_it_is_to_learn"),
     ("hooks/transformers.py", "if sharded and hidden.requires_grad", "if False", SHARDED),
-    ("hooks/transformers.py", "return now, layer.bias", "return weight, layer.bias", SHARDED),
+    ("hooks/transformers.py", "return now, call.bias if layer is None else layer.bias", "return weight, layer.bias", SHARDED),
     ("hooks/transformers.py", "if weight.numel() and not weight.untyped_storage().size():", "if False:", "test_parallel.py -k fsdp1_frees"),
     ("hooks/transformers.py", "return weight * loss", "return loss", EXPERTS),
     ("hooks/transformers.py", "hidden=_BackwardTo.apply(rows.hidden, router * weight)", "hidden=rows.hidden", EXPERTS),

@@ -110,9 +110,8 @@ def read(
     plain = _unwrapped(model)
     kind = type(plain).__name__
     output = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    expect(
-        isinstance(output, nn.Module), "model", f"a model with get_output_embeddings(), which {kind} has not", output
-    )
+    if not isinstance(output, nn.Module):
+        refuse("model", f"a model with get_output_embeddings(), which {kind} has not", output)
     _warn_of_unread(plain, inputs)
     sharded = _is_sharded(model)
     traced = sharded or bool(getattr(model, "find_unused_parameters", False))
@@ -151,7 +150,7 @@ def _found(kind: str, calls: list[_Call], output: nn.Module) -> str:
     return f"{kind} with {layers}" + (": an adapter on it, to be merged or disabled" if adapted else "")
 
 
-def _router_loss(out: Any, plain: nn.Module) -> Tensor | None:
+def _router_loss(out: Any, plain: Any) -> Tensor | None:
     """The auxiliary loss that a forward returned, weighed as the model's own loss weighs it."""
     loss = getattr(out, "aux_loss", None)
     if not isinstance(loss, Tensor):
@@ -289,8 +288,8 @@ class _BackwardTo(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        return upstream, torch.ones_like(ctx.like)
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        return *upstream, torch.ones_like(ctx.like)
 
 
 def _without_last(teacher: TopK, rows: torch.Size) -> TopK:
@@ -325,7 +324,7 @@ def _rows(batch: Mapping[str, Any], narrower: Tensor | None) -> tuple[Tensor, Te
     return mask, None if tokens is None else tokens[:, 1:]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The model inside DDP, PEFT and the like."""
     while True:
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -417,7 +416,7 @@ def _lasting(call: _Call, kind: str) -> tuple[Tensor, Tensor | None]:
     weight, layer = call.weight, call.layer
     now = weight if layer is None else layer.weight
     if hasattr(now, "full_tensor"):  # FSDP2 has sharded it again: the Head gathers it
-        return now, layer.bias
+        return now, call.bias if layer is None else layer.bias
     reason = None
     if weight.numel() and not weight.untyped_storage().size():
         reason = "shards it again: leave the layer to the root's unit, or use fully_shard"
@@ -445,7 +444,7 @@ class _Attached(torch.autograd.Function):
         return probes.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)
 
 
@@ -458,9 +457,9 @@ class _Tied(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         (logits,) = ctx.saved_tensors
-        return upstream, torch.zeros_like(logits)
+        return *upstream, torch.zeros_like(logits)
 
 
 _SMALL = 2.0 ** torch.arange(-3, 4, dtype=torch.float64)
@@ -508,10 +507,10 @@ def _transform(kind: str, logits: Tensor | None, call: _Call) -> tuple[float, fl
 
 def _reads_parameters(logits: Tensor, probes: Tensor) -> bool:
     """Whether a parameter had a part in what became of the probes."""
-    nodes, seen = [logits.grad_fn], {None, probes.grad_fn}
+    nodes, seen = [logits.grad_fn], {probes.grad_fn}
     while nodes:
         node = nodes.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         if hasattr(node, "variable"):
             return True

@@ -33,7 +33,7 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportPrivateImportUsage]  (loaded when asked)
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from tip_kernels._checks import finite_number
@@ -165,8 +165,8 @@ class TIPDistillationConfig(DistillationConfig):
             self._made("tip_loss_temperature", partial(finite_number, "it", self.tip_loss_temperature, positive=True))
         if self.tip_adakd_median_of not in ("valid", "kept"):
             raise ValueError(f"tip_adakd_median_of: expected 'valid' or 'kept', got {self.tip_adakd_median_of!r}")
-        self.make_focus(), self.make_divergence()
-        self.make_rule(1.0)
+        for make in (self.make_focus, self.make_divergence, partial(self.make_rule, 1.0)):
+            make()  # raises where a field is wrong
 
     def make_rule(self, adakd_keep: float) -> Rule:
         """The rule of one optimizer step; `adakd_keep` is AdaKD's share of it."""
@@ -255,6 +255,12 @@ class TIPDistillationTrainer(DistillationTrainer):
         RuntimeError: With a TRL whose trainer works in another way.
     """
 
+    # What transformers' Trainer and TRL declare wider.
+    args: TIPDistillationConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: torch.nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher_model: torch.nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_wrapped: torch.nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+    _buffered_inputs: list[dict[str, Any]]  # pyright: ignore[reportIncompatibleVariableOverride]
     _tag_names: list[str] = [*DistillationTrainer._tag_names, "tip"]  # noqa: RUF012  (TRL reads a list)
 
     def __init__(
@@ -342,15 +348,15 @@ class TIPDistillationTrainer(DistillationTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not buffered:  # the micro-batches of a new optimizer step
-            if self.focus and self.focus.state_dict()["seen"] == 0 and FOCUS in self.state.stateful_callbacks:
-                self.focus.load_state_dict(self.state.stateful_callbacks[FOCUS])
+            if self.focus and self.focus.state_dict()["seen"] == 0 and FOCUS in self._saved:
+                self.focus.load_state_dict(self._saved[FOCUS])
             self._select = self.make_rule()
             if self.args.tip_statistics == "step":
                 self._choose()
             elif count_is_known(self._select):
                 masks = [_loss_mask(batch) for batch in self._buffered_inputs]
                 count = torch.stack([count_kept(self._select, mask) for mask in masks]).sum()
-                count = self.accelerator.gather(count).sum()
+                count = self._gathered(count).sum()
                 for batch in self._buffered_inputs:
                     batch["num_items_in_batch"] = count
         return inputs
@@ -373,12 +379,27 @@ class TIPDistillationTrainer(DistillationTrainer):
         finally:
             self._measuring = None
         parts = step.parts()
-        count = self.accelerator.gather(step.kept.mask.sum()).sum()
+        count = self._gathered(step.kept.mask.sum()).sum()
         sizes = [part["select"].kept.mask.numel() for part in parts]
         columns = [getattr(step.stats, name).split(sizes) for name in sorted(self._logged)]
         for batch, part, *values in zip(self._buffered_inputs, parts, *columns, strict=True):
             stats = TokenStats(**dict(zip(sorted(self._logged), values, strict=True)))
             batch |= {"num_items_in_batch": count, "tip_part": part, "tip_stats": stats}
+
+    @property
+    def _saved(self) -> dict[str, Any]:
+        """The states that the trainer's own holds, and so every checkpoint."""
+        return self.state.stateful_callbacks  # pyright: ignore[reportReturnType]  (a list only until it is made)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        found = self.accelerator.gather(x)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _reduced(self, x: Tensor, how: str) -> Tensor:
+        found = self.accelerator.reduce(x, how)
+        assert isinstance(found, Tensor)
+        return found
 
     @property
     def _logged(self) -> frozenset[str]:
@@ -454,17 +475,17 @@ class TIPDistillationTrainer(DistillationTrainer):
         leaves = student_hidden_states, *weights_s
         at_once = torch.is_grad_enabled() and is_deepspeed_zero3_enabled()
         with (
-            maybe_gather_lm_head_ctx(*weights_s),
-            maybe_gather_lm_head_ctx(*weights_t),
+            # which takes any tensor, and None
+            maybe_gather_lm_head_ctx(*weights_s),  # pyright: ignore[reportArgumentType]
+            maybe_gather_lm_head_ctx(*weights_t),  # pyright: ignore[reportArgumentType]
         ):
             total, sums = _AtOnce.apply(learn, *leaves) if at_once else learn(*leaves)
         count_trainable, count_kept = sums[:2]
         if self._measuring is None:
             self._sums.append(sums[:7])
         entropy_sum = sums[7]
-        if num_items_in_batch is None:
-            num_items_in_batch = count_kept.clamp(min=1)
-        loss = (total / num_items_in_batch).float()
+        divisor = count_kept.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = (total / divisor).float()
         if self._heads and self._router is not None and self._measuring is None:
             self._routers.append(self._router.detach().double())
             steps = self.current_gradient_accumulation_steps if self.model.training else 1
@@ -477,7 +498,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         """The sum of the kept tokens' losses, with its gradient, and (8,) float64 sums over the trainable tokens: one
         each, kept, that loss, the four quadrants, the student's entropy."""
         rows = mask.cpu()  # there, rows that are masked are left out of every sweep
-        choice = {"select": self._select, "row_mask": rows, "temperature": temperature}
+        choice: dict[str, Any] = {"select": self._select, "row_mask": rows, "temperature": temperature}
         stats = inputs.get("tip_stats")  # of every token, where the step has been measured
         if not self.model.training:
             choice["select"] = KeepAll()
@@ -485,6 +506,7 @@ class TIPDistillationTrainer(DistillationTrainer):
             choice = inputs["tip_part"]
         elif self.focus:
             choice = self._adakd(temperature, row_mask=rows, scope=self.args.tip_scope)
+        choice = {**choice, "normalizer": 1}
         shows_quadrants = self.args.tip_quadrants
         labels = (
             inputs["completion_ids"].to(mask.device).masked_fill(~mask, -100)
@@ -494,7 +516,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         out = distill(
             student,
             teacher,
-            **choice | {"normalizer": 1},
+            **choice,
             divergence=self._divergence,
             labels=labels,
             workspace_mib=self.args.tip_workspace_mib,
@@ -526,7 +548,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         divided_by = max(float(self._buffered_inputs[0]["num_items_in_batch"]), 1.0)
         if self.focus and kept:
             self.focus.update(total / kept)
-            self.state.stateful_callbacks[FOCUS] = self.focus.state_dict()
+            self._saved[FOCUS] = self.focus.state_dict()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has stepped already
             return 1.0
         weights = [weight for weight in model.parameters() if weight.grad is not None]
@@ -536,6 +558,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         if not kept or kept == divided_by:
             return 1.0
         for weight in weights:
+            assert weight.grad is not None
             weight.grad.mul_(divided_by / kept)
         return divided_by / kept
 
@@ -547,9 +570,8 @@ class TIPDistillationTrainer(DistillationTrainer):
 
     def _log_sums(self, mode: str) -> list[float]:
         """Logs what the micro-batches of a step summed up over all ranks, and returns it. Synchronises."""
-        sums = torch.stack(self._sums).sum(0)
+        sums = self._reduced(torch.stack(self._sums).sum(0), "sum").tolist()
         self._sums = []
-        sums = self.accelerator.reduce(sums, "sum").tolist()
         trainable, kept, total, *quadrants = sums
         metrics = {"kept_frac": kept / max(trainable, 1)}
         if self.args.tip_quadrants:
@@ -559,7 +581,7 @@ class TIPDistillationTrainer(DistillationTrainer):
         if self.focus and mode == "train":
             metrics["keep"] = self.focus.keep
         if self._routers:
-            metrics["router_loss"] = self.accelerator.reduce(torch.stack(self._routers).mean(), "mean").item()
+            metrics["router_loss"] = self._reduced(torch.stack(self._routers).mean(), "mean").item()
             self._routers = []
         for name, value in metrics.items():
             self._metrics[mode][f"tip/{name}"].append(value)
@@ -593,6 +615,7 @@ def count_kept(rule: Rule, mask: Tensor) -> Tensor:
     """() int64: how many rows of a (B, T) mask such a rule keeps."""
     if isinstance(rule, KeepAll):
         return mask.sum()
+    assert isinstance(rule, QuotaRule)
     same_quota = TopEntropy(rule.keep, scope=rule.scope, min_rows=rule.min_rows)
     level = TokenStats(entropy_s=torch.zeros(mask.numel(), device=mask.device), _batch_shape=tuple(mask.shape))
     return same_quota(level, mask).mask.sum()
@@ -616,12 +639,12 @@ class _AtOnce(torch.autograd.Function):
         ]
         with torch.enable_grad():
             total, sums = learn(*own)
-        wanted = [leaf for leaf, need in zip(own, needed, strict=True) if need]
+        wanted = [leaf for leaf, need in zip(own, needed, strict=True) if need and leaf is not None]
         ctx.save_for_backward(*(torch.autograd.grad(total, wanted) if wanted else ()))
         ctx.mark_non_differentiable(sums)
         return total.detach(), sums
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx, *upstream):
         grads = iter(ctx.saved_tensors)
-        return None, *(next(grads) * upstream if need else None for need in ctx.needs_input_grad[1:])
+        return None, *(next(grads) * upstream[0] if need else None for need in ctx.needs_input_grad[1:])

@@ -170,7 +170,7 @@ def register(
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
     expect(normalizer in ("kept", "all"), "normalizer", "'kept' or 'all'", normalizer)
     try:
-        losses = importlib.import_module("verl.trainer.distillation.losses")
+        losses: Any = importlib.import_module("verl.trainer.distillation.losses")
     except ImportError as error:
         raise ImportError(f"tip_kernels.hooks.verl.register needs verl 0.9 or later: {error}") from error
     loss = SelectedTokens(select, divergence, normalizer, workspace_mib)
