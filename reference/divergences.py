@@ -7,6 +7,7 @@ Autograd through these functions is the definition of the gradient. A row whose 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -203,3 +204,11 @@ def sampled_reverse_kl(z_s: Tensor, z_t: Tensor, labels: Tensor, clip: float | N
     logp_s = at_label(r.logp_s)
     score = torch.where(k.isfinite(), k, 0.0) * (logp_s - logp_s.detach())  # value 0, gradient k grad log p_s[y]
     return r.finish(k + score).masked_fill(labels == IGNORE, torch.nan)
+
+
+def gated(values: Sequence[Tensor], gates: Sequence[Tensor], broken: Tensor) -> Tensor:
+    """R42: (N,) from as many (N,) values and gates, the latter constants; broken (N,) bool is R2's, of either model."""
+    total = torch.zeros_like(values[0])
+    for value, gate in zip(values, gates, strict=True):
+        total = total + torch.where(gate == 0, 0.0, gate.to(value.dtype) * value)
+    return total.masked_fill(broken, torch.nan)

@@ -115,3 +115,12 @@ def drift_decay(
             drifted = sum(x[j] < threshold for j in rows[: place + 1])
             weights[i] = base + max(0.0, 1 - drop * drifted)
     return _weights(stats, weights, row_mask)
+
+
+def indicator(
+    stats: Stats, row_mask: Tensor | None = None, *, by: str, above: float | None = None, below: float | None = None
+) -> Tensor:
+    """W8, of thresholds that are numbers."""
+    x, valid = _column(stats, by), valid_rows(stats, [by], row_mask)
+    inside = {i: float((above is None or x[i] > above) and (below is None or x[i] < below)) for i in valid}
+    return _weights(stats, inside, row_mask)

@@ -64,6 +64,8 @@ CLIP = "test_divergences.py::test_a_clipped_row_keeps_the_limit_and_has_no_gradi
 SELECT = "test_select.py"
 PAPERS = "test_select_papers.py"
 WEIGHING = "test_weights.py"
+GATED = "test_gated.py -k not(triton)"
+GATED_TRITON = "test_gated.py::test_a_gate_of_0_leaves_its_divergence_out_even_infinite_or_without_a_label[triton]"
 ADAPTIVE = "test_adaptive.py"
 ONE = "test_one_sweep.py"
 ONE_IS_TWO = "test_one_sweep.py::test_one_sweep_is_two"
@@ -417,8 +419,8 @@ RANKING = [
 ]  # fmt: skip
 
 RULES = [
-    ("eligible = eligible & (x > cut_at(self.above, x, population))", "eligible = eligible & (x >= cut_at(self.above, x, population))"),
-    ("eligible = eligible & (x < cut_at(self.below, x, population))", "eligible = eligible & (x <= cut_at(self.below, x, population))"),
+    ("inside = inside & (x > cut_at(above, x, rows))", "inside = inside & (x >= cut_at(above, x, rows))"),
+    ("inside = inside & (x < cut_at(below, x, rows))", "inside = inside & (x <= cut_at(below, x, rows))"),
     ("population = population & ~value.isnan()", "population = population"),
     ('if self.scope == "batch":\n            group = torch', 'if self.scope == "x":\n            group = torch'),
     ("(high + low * (1 - high))", "(high + low)"),
@@ -464,6 +466,36 @@ ROW_WEIGHTS = [
     ("before, total = until - until.take(start), sums", "before, total = until, sums"),
     ("order = group.argsort(stable=True)", "order = torch.arange(group.numel())"),
     ("ok = self.by not in TOP_FIELDS or", "ok = True or"),
+    ("within(values[self.by], valid, self.above, self.below)", "within(values[self.by], valid, self.above, None)"),
+]  # fmt: skip
+
+GATES = [
+    ("learn/gradient_sweep.py", "return (gate * value).masked_fill(out, 0.0), scalars | {GATE: gate}", "return gate * value, scalars | {GATE: gate}", GATED),
+    ("learn/gradient_sweep.py", "{name: scalar.masked_fill(out, 0.0) for name, scalar in scalars.items()}", "dict(scalars)", GATED_TRITON),
+    ("learn/gradient_sweep.py", "_zero(measured) if objective.gates else torch.zeros_like", "torch.zeros_like", GATED),
+    ("learn/gradient_sweep.py", "objective.gates[i][rows.ids]", "objective.gates[0][rows.ids]", GATED),
+    ("learn/gradient_sweep.py", "return push * term.rows[GATE][part] if GATE in term.rows else push", "return push", GATED),
+    ("learn/gradient_sweep.py", "return tuple([gate[ids] for gate in self.gates])", "return tuple([gate[: len(ids)] for gate in self.gates])", GATED),
+    ("learn/divergences.py", "g if gate is None else g.mul_(gate).masked_fill_(gate == 0, 0.0)", "g if gate is None else g.mul_(gate)", GATED),
+    ("learn/divergences.py", "g if gate is None else g.mul_(gate).masked_fill_(gate == 0, 0.0)", "g", GATED),
+    ("learn/divergences.py", "        if self.term_gates or other.term_gates:", "        if self.term_gates:", GATED),
+    ("learn/divergences.py", "        if self.term_gates:\n            raise ValueError(\"divergence: a Gated cannot be sc", "        if False:\n            raise ValueError(\"divergence: a Gated cannot be sc", GATED),
+    ("learn/gated.py", "plain = divergence.max_per_row is None and not divergence.term_gates", "plain = divergence.max_per_row is None", GATED),
+    ("learn/gated.py", "gates += [_checked_gate(gate)] * len(divergence.terms)", "gates += [_checked_gate(gate)]", GATED),
+    ("learn/gated.py", "return Gated(self.gates, finite_number", "return Gated(self.gates, None and finite_number", GATED),
+    ("learn/gated.py", 'above=finite_number("threshold", threshold)', 'below=finite_number("threshold", threshold)', GATED),
+    ("learn/gated.py", "return torch.tensor(number)", "return torch.tensor(1.0)", GATED),
+    ("learn/gated.py", "rows = next((rows for known, rows in found if known is gate), None)", "rows = None", GATED),
+    ("learn/gated.py", "given = gate(stats, row_mask, rollout_ids) if", "given = gate(stats, None, rollout_ids) if", GATED),
+    ("learn/divergence_loss.py", "known = _measured_for_gates(divergence, request) if stats is None else stats", "known = _measured_for_gates(divergence, request)", GATED),
+    ("learn/topk_loss.py", "y.masked_fill(out, 0.0), lp_t.masked_fill(out, -math.log(y.shape[1]))", "y, lp_t", GATED),
+    ("learn/topk_loss.py", "Objective(divergence, gates=gates), options", "Objective(divergence), options", GATED),
+    ("distillation/distill.py", "        if any(map(statistics_read, gates)):\n            self.learns_early = False", "        if any(map(statistics_read, gates)):\n            pass", GATED),
+    ("distillation/distill.py", 'if getattr(reader, "needs", frozenset()) & TOP_FIELDS:', 'if hasattr(reader, "top_k"):', GATED),
+    ("distillation/distill.py", "gates_of(divergence, stats, batch.row_mask, batch.rollout_ids, shape, device)", "gates_of(divergence, stats, batch.row_mask, None, shape, device)", GATED),
+    ("backends/triton/row_grad.py", "g = tl.where(gate != 0.0, more, g)", "g = more", GATED_TRITON),
+    ("backends/triton/row_grad.py", "g, w * gate, l_s, l_t", "g, w, l_s, l_t", "test_gated.py::test_the_sampled_token_gets_its_gated_push[triton]"),
+    ("backends/triton/row_grad.py", "-1 if term.gate is None else len(rows) + len(names) - 1", "-1 if term.gate is None else len(rows) - 1", GATED_TRITON),
 ]  # fmt: skip
 
 RULES_OF_PAPERS = [
@@ -760,6 +792,7 @@ MUTANTS = [
     *(Mutant("select/adakd.py", *row, ADAPTIVE) for row in ADAKD),
     *(Mutant(one_of(row, "sources/topk.py", "measure/topk_teacher.py"), *row) for row in LISTS),
     *(Mutant(*row) for row in LEARNING),
+    *(Mutant(*row) for row in GATES),
     *(Mutant("distillation/one_sweep.py", *row, ONE) for row in SWEEP),
     *(Mutant(*row) for row in AROUND),
     *(Mutant(*row) for row in BORDERS),

@@ -427,6 +427,7 @@ OTHERS = {
     "GradFilter": {"tolerance": 0.0},
     "HellingerSq": {},
     "JSD": {"teacher_weight": 2.0},
+    "Gated": {"gates": {}, "max_per_row": 0.0},
     "Jeffreys": {},
     "Renyi": {"alpha": 0.0},
     "ReverseKL": {},
@@ -479,6 +480,7 @@ WEIGHTS = {
     "weights.ConfidenceProduct": {"teacher": -1.0, "student": math.nan},
     "weights.DriftDecay": {"threshold": math.nan, "drop": 0.0, "base": -1.0, "by": "kl", "top_k": 0},
     "weights.ImportanceRatio": {"rollout_logp": 0.5, "low": -1.0, "high": 0.0},
+    "weights.Indicator": {"by": "kl", "above": math.nan, "below": ("quantile", 2)},
     "weights.LogRatioSigmoid": {"beta": -1.0},
     "weights.PositionDecay": {"half_life": 0.0},
     "weights.PrefixDecay": {"gamma": -1.0},
@@ -503,9 +505,11 @@ def good_arguments(name: str, argument: str) -> dict[str, object]:
         "difficulty_temperature": {"stats": stats},
         "quadrants": {"stats": stats},
         "StepSelection": {"select": tip.KeepAll()},
+        "Gated": {"gates": {tip.TVD(): 1.0}},
         "Renyi": {"alpha": 0.5},
         "GradFilter": {"tolerance": 0.1},
         "weights.ImportanceRatio": {"rollout_logp": torch.zeros(N)},
+        "weights.Indicator": {"by": "kl_rev"},
     }.get(name, {"keep": 0.5} if "keep" in EVERY[name] else {})
 
 

@@ -64,6 +64,10 @@ CASES = {  # the weight, and its loop of (stats, mask, rollouts)
         lambda x, m, r: reference.importance_ratio(x, ROLLOUT_LOGP, m, low=0.25),
     ),
     "position decay": (W.PositionDecay(2.5), lambda x, m, r: reference.position_decay(x, m, r, half_life=2.5)),
+    "indicator": (
+        W.Indicator("entropy_t", above=2.0, below=3.0),
+        lambda x, m, r: reference.indicator(x, m, by="entropy_t", above=2.0, below=3.0),
+    ),
     "drift decay": (
         W.DriftDecay(0.3, drop=0.4, base=0.1, top_k=K),
         lambda x, m, r: reference.drift_decay(x, m, r, threshold=0.3, drop=0.4, base=0.1),

@@ -25,6 +25,7 @@ from tip_kernels.learn.divergences import (
     SkewReverseKL,
     ToDi,
 )
+from tip_kernels.learn.gated import Gated
 from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select import weights
@@ -55,6 +56,7 @@ __all__ = [
     "EntropyGap",
     "Execution",
     "ForwardKL",
+    "Gated",
     "GradFilter",
     "GreedyAgreement",
     "Head",

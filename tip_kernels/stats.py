@@ -18,6 +18,7 @@ TOP_FIELDS = frozenset({"mass_t_on_top_s", "rank_t_of_argmax_s"})
 NORMALIZER_FIELDS = frozenset({"shift_s", "shift_t", "logsum_s", "logsum_t"})
 # Beside a TopK: the student's logits of its K tokens less shift_s, (N, K), and the same pair of all other tokens
 LISTED_FIELDS = frozenset({"topk_logits", "shift_rest", "logsum_rest"})
+BEYOND_TOPK = TOP_FIELDS | {"margin_t", "agree", "lse_t"}  # what a TopK does not tell of its teacher
 PRIVATE_FIELDS = NORMALIZER_FIELDS | LISTED_FIELDS
 
 

@@ -39,7 +39,9 @@ def divergences() -> list[tip.Divergence]:
     return [
         tip.ForwardKL(), tip.ReverseKL(), tip.Jeffreys(), tip.JSD(0.3), tip.SkewForwardKL(0.1), tip.SkewReverseKL(0.1),
         tip.TVD(), tip.HellingerSq(), tip.Renyi(0.5), tip.AlphaBeta(0.2, 0.7), tip.ToDi(), tip.SampledReverseKL(5.0),
-        (0.5 * tip.ForwardKL() + tip.ReverseKL() * 0.5).clipped(10.0),
+        (0.5 * tip.ForwardKL() + tip.ReverseKL() * 0.5).clipped(10.0), tip.Gated.eopd(0.8),
+        tip.Gated({tip.ForwardKL(): 0.5, tip.TVD(): torch.rand(2, 6), tip.JSD(): tip.weights.Indicator("kl_rev", 0.1)}),
+        tip.Gated({tip.ReverseKL(): lambda stats, row_mask, rollout_ids: stats.entropy_t}).clipped(10.0),
     ]  # fmt: skip
 
 

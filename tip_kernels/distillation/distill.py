@@ -28,15 +28,16 @@ from tip_kernels.distillation.options import Execution, Plan
 from tip_kernels.distributed import collectives
 from tip_kernels.learn.divergence_loss import measured_at, needs_of, row_loss
 from tip_kernels.learn.divergences import Divergence, ReverseKL, check_beside_topk
+from tip_kernels.learn.gated import check_needs, gates_of, readers_of, statistics_read
 from tip_kernels.learn.gradient_sweep import GradOptions, Objective, RowsToLearn
 from tip_kernels.measure import ops, sweep
 from tip_kernels.select.rule import KeepAll, Kept, Rule, SoftOr, spans_ranks
 from tip_kernels.sources.pair import Head, HeadRows, Pair, Request, row_temperature
 from tip_kernels.sources.topk import TopK
 from tip_kernels.stats import (
+    BEYOND_TOPK,
     IGNORE_LABEL,
     LABEL_FIELDS,
-    STATISTICS,
     STUDENT_FIELDS,
     TEACHER_FIELDS,
     TOP_FIELDS,
@@ -45,7 +46,6 @@ from tip_kernels.stats import (
     TokenStats,
 )
 
-BEYOND_TOPK = TOP_FIELDS | {"margin_t", "agree", "lse_t"}  # what a TopK does not tell of its teacher
 T = TypeVar("T")
 Temperature = float | Tensor | Callable[[TokenStats], Tensor]
 RowWeights = Tensor | Callable[[TokenStats, Tensor, Tensor | None], Tensor]
@@ -98,7 +98,7 @@ def distill(
         student: Logits (N, V) or (B, T, V), or a Head.
         teacher: Likewise, or a TopK, at temperature 1.
         select: The rule that chooses rows.
-        divergence: What is learned.
+        divergence: What is learned; a Gated's gates are called as row_weights are.
         row_mask: bool (N,) or (B, T): True for trainable tokens. Others are never kept; with a mask on the CPU they are
             not measured either and are NaN in the statistics.
         rollout_ids: int64 (N,) or (B, T): the rollout of each row; without them a (B, T) batch holds B rollouts.
@@ -148,9 +148,8 @@ def distill(
     if not isinstance(temperature_sq, bool):
         refuse("temperature_sq", "a bool", temperature_sq)
     sweeps = _sweeps_for(pair, execution)
-    if callable(row_weights):
-        _check_weigher(row_weights, select, request)
-    elif row_weights is not None:
+    _check_readers(row_weights, divergence, select, request)
+    if row_weights is not None and not callable(row_weights):
         row_weights = flat_rows("row_weights", row_weights, pair.student.batch_shape, FLOATS, pair.device)
     weight_into = None
     if execution.backward and isinstance(pair.student, HeadRows):
@@ -206,8 +205,8 @@ def _learned(step: Step) -> tuple[Learned, str]:
         raise ValueError(
             "sweeps: expected 2 or None, since one sweep takes a student's whole Head that needs a gradient, a teacher "
             "with logits, a temperature known beforehand, a rule known beforehand or with a quota and no generator "
-            f"(the latter on a CPU), weights known as early, and whole rows of logits within workspace_mib; got 1 for "
-            f"{step.select}"
+            "(the latter on a CPU), weights known as early, gates that read no statistics, and whole rows of logits "
+            f"within workspace_mib; got 1 for {step.select}"
         )
     return _second_sweep(step), "two sweeps"
 
@@ -280,21 +279,26 @@ def _check_beside_topk(select: Rule, temperature: object) -> None:
         refuse("select", "a rule that needs no logits of the teacher, which is a TopK", select)
 
 
-def _check_weigher(weigh: Callable[..., Tensor], select: Rule, request: Request) -> None:
-    """Refuses a callable row_weights whose needs cannot be measured here."""
-    needs = getattr(weigh, "needs", frozenset())
-    known = isinstance(needs, (set, frozenset)) and needs <= set(STATISTICS)
-    if not known:
-        refuse("row_weights", f"a callable whose needs are a set of statistics ({', '.join(STATISTICS)})", needs)
-    if request.labels is None and needs & LABEL_FIELDS:
-        reader = type(weigh).__name__
-        raise ValueError(f"labels: expected int64 labels of the rows, since {reader} reads them, got None")
-    if request.pair.topk is not None and needs & BEYOND_TOPK:
-        refuse("row_weights", "one that needs no logits of the teacher, which is a TopK", weigh)
-    readers = [weigh, select] if select.needs & TOP_FIELDS else [weigh]
-    lists = [getattr(reader, "top_k", 0) for reader in readers] if needs & TOP_FIELDS else []
-    if len(set(lists)) > 1:
-        refuse("row_weights", "the top_k of the rule, since one sweep measures one, {}", lists[0], lists[1])
+def _check_readers(row_weights: object, divergence: Divergence, select: Rule, request: Request) -> None:
+    """Refuses a callable row_weights, and gates, whose needs cannot be measured here."""
+    readers: list[tuple[str, Any]] = [("row_weights", row_weights)] if callable(row_weights) else []
+    if divergence.term_gates:
+        readers += [("divergence", gate) for gate in readers_of(divergence)]
+    if not readers:
+        return
+    lists = [getattr(select, "top_k", 0)] if select.needs & TOP_FIELDS else []
+    for name, reader in readers:
+        check_needs(name, reader)
+        needs = getattr(reader, "needs", frozenset())
+        if request.labels is None and needs & LABEL_FIELDS:
+            kind = type(reader).__name__
+            raise ValueError(f"labels: expected int64 labels of the rows, since {kind} reads them, got None")
+        if request.pair.topk is not None and needs & BEYOND_TOPK:
+            refuse(name, "one that needs no logits of the teacher, which is a TopK", reader)
+        if needs & TOP_FIELDS:
+            lists.append(getattr(reader, "top_k", 0))
+            if lists[-1] != lists[0]:
+                refuse(name, "the top_k of the rule, since one sweep measures one, {}", lists[-1], lists[0])
 
 
 def _check_normalizer(normalizer: object) -> None:
@@ -343,15 +347,16 @@ class Batch:
         self.valid_rows = self.row_mask  # unmasked rows without those that a measurement found NaN
 
     def wanted(
-        self, rule: Rule, weigh: object, divergence: Divergence, everything: bool
+        self, rule: Rule, readers: tuple[Any, ...], divergence: Divergence, everything: bool
     ) -> tuple[frozenset[str | Blend], bool]:
-        """The fields that the rule and `weigh`, where not None, read, with those of the loss where they come with them.
+        """The fields that the rule and other readers read, with those of the loss where they come with them.
 
         Returns them, and whether they are of both models.
         """
-        self.top_k = getattr(rule, "top_k", 0) or getattr(weigh, "top_k", 0)
-        everything = everything or (weigh is not None and not hasattr(weigh, "needs"))
-        want = rule.needs | getattr(weigh, "needs", frozenset())
+        for reader in (rule, *readers):
+            if getattr(reader, "needs", frozenset()) & TOP_FIELDS:
+                self.top_k = getattr(reader, "top_k", 0)  # that of all
+        want: frozenset[str | Blend] = rule.needs.union(*map(statistics_read, readers))
         want = want | (STUDENT_FIELDS | TEACHER_FIELDS if everything else frozenset())
         with_teacher = bool(want - STUDENT_FIELDS - {"margin_s", "logp_s"})
         if self.labels is not None and want:
@@ -490,28 +495,49 @@ class Step:
         leaves = self.batch.pair.student.leaves
         self.need = tuple([leaf.requires_grad for leaf in leaves]) if torch.is_grad_enabled() else ()
         everything = self.full_stats or self.temperature_of is not None
-        weigh = self.row_weights if callable(self.row_weights) else None
+        divergence = self.objective.divergence
+        gates = readers_of(divergence) if divergence.term_gates else ()
+        readers = (*gates, self.row_weights) if callable(self.row_weights) else gates
         # what all rows are measured for, and whether that takes the teacher
-        self.want, self.with_teacher = self.batch.wanted(self.select, weigh, self.objective.divergence, everything)
+        self.want, self.with_teacher = self.batch.wanted(self.select, readers, divergence, everything)
         # the fields that the loss needs of kept rows
-        self.late = self.objective.divergence.needs | frozenset({"logp_s"} if self.objective.ce_weight else ())
+        self.late = divergence.needs | frozenset({"logp_s"} if self.objective.ce_weight else ())
         keeps_all = isinstance(self.select, KeepAll)
         # whether the rule can choose, and rows be weighed, before anything is measured
-        reads = self.select.needs or (weigh is not None and getattr(weigh, "needs", True))
+        reads = self.select.needs or any(map(statistics_read, readers))
         self.knows_rows = not reads and self.temperature_of is None
         self.knows_rows = self.knows_rows and (keeps_all or not self.full_stats)
         self.measures_all = keeps_all if self.knows_rows else self.with_teacher  # in one sweep
+        self.learns_early = self.temperature_of is None and not self.knows_rows  # before the rule has chosen
+        if divergence.term_gates:
+            self._gate_early(gates)
+
+    def _gate_early(self, gates: tuple[Callable[..., Tensor], ...]) -> None:
+        """Puts the gates beside the divergence at once, where none reads a statistic."""
+        if any(map(statistics_read, gates)):
+            self.learns_early = False
+        else:
+            self.gate(self.batch.record({}, self.objective.temperature, partial=True))
 
     def choose(self, stats: TokenStats) -> Kept:
         return self.select(stats, row_mask=self.batch.row_mask, rollout_ids=self.batch.rollout_ids)
 
     def weigh(self, stats: TokenStats) -> None:
-        """Puts (N,) weights in the place of the callable that gives them."""
+        """Puts (N,) weights in the place of the callable that gives them, and (N,) gates beside the divergence."""
+        self.gate(stats)
         if callable(self.row_weights):
             with torch.no_grad():
                 weights = self.row_weights(stats, self.batch.row_mask, self.batch.rollout_ids)
             shape, device = self.batch.pair.student.batch_shape, self.batch.pair.device
             self.row_weights = flat_rows("row_weights", weights, shape, FLOATS, device).detach()
+
+    def gate(self, stats: TokenStats) -> None:
+        """Puts (N,) gates beside the divergence, once."""
+        divergence, batch = self.objective.divergence, self.batch
+        if divergence.term_gates and not self.objective.gates:
+            shape, device = batch.pair.student.batch_shape, batch.pair.device
+            gates = gates_of(divergence, stats, batch.row_mask, batch.rollout_ids, shape, device)
+            self.objective = replace(self.objective, gates=gates)
 
     def weights(self, ids: Tensor, real: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """(S,) weights of the rows ids, 0 where not real or not finite, and where they are finite."""
@@ -539,14 +565,15 @@ class Step:
     @_once
     def measured(self) -> Measured:
         """All rows measured, and the rule's choice among them."""
-        batch, objective = self.batch, self.objective
-        stats = batch.measure_for(self.want, objective.temperature, self.with_teacher)
+        batch = self.batch
+        stats = batch.measure_for(self.want, self.objective.temperature, self.with_teacher)
         if self.knows_rows:
             kept, ids, real = self.known
         else:
             kept = self.choose(stats)
             self.weigh(stats)
             ids, real = batch.slots(kept, self.select)
+        objective = self.objective
         if self.temperature_of is not None:
             shape, device = batch.pair.student.batch_shape, batch.pair.device
             objective = objective.at(row_temperature(self.temperature_of(stats), shape, device, ids))

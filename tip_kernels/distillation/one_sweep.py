@@ -251,7 +251,7 @@ class RowBlocks:
         pair.student.scale, pair.student.softcap = self.student.scale, self.student.softcap  # dlogits are the head's
         labels = None if objective.labels is None else objective.labels[rows]
         tau = objective.temperature_at(rows)
-        here = Objective(objective.divergence, tau, labels, objective.ce_weight, objective.temperature_sq)
+        here = replace(objective, temperature=tau, labels=labels, gates=objective.gates_at(rows))
         at_one = None
         if objective.ce_weight:
             at_one = measured
@@ -325,7 +325,7 @@ class StashedRows:
         once, and ranks would have to choose together as often as the one with most rows.
         """
         batch, rule, pair = step.batch, step.select, step.batch.pair
-        if step.sweeps == 2 or step.temperature_of is not None or step.knows_rows:
+        if step.sweeps == 2 or not step.learns_early:
             return None
         if pair.device.type != "cpu" or pair.backend != "eager":
             return None

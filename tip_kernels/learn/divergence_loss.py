@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,14 +15,25 @@ from torch import Tensor
 from tip_kernels._checks import FLOATS, flat_rows, refuse
 from tip_kernels.learn import ops
 from tip_kernels.learn.divergences import Divergence, ReverseKL, check_beside_topk
+from tip_kernels.learn.gated import gates_of, readers_of, statistics_read
 from tip_kernels.learn.gradient_sweep import GradOptions, Objective, RowsToLearn, differentiated, with_gradient
 from tip_kernels.learn.topk_loss import outcome_loss
 from tip_kernels.measure import ops as measure_ops
 from tip_kernels.measure import sweep
-from tip_kernels.select.rule import Kept
+from tip_kernels.select.rule import Kept, statistic
 from tip_kernels.sources.pair import Head, Pair, Request
 from tip_kernels.sources.topk import TopK
-from tip_kernels.stats import LABEL_FIELDS, LISTED_FIELDS, NORMALIZER_FIELDS, Blend, Fields, TokenStats
+from tip_kernels.stats import (
+    BEYOND_TOPK,
+    LABEL_FIELDS,
+    LISTED_FIELDS,
+    NORMALIZER_FIELDS,
+    STUDENT_FIELDS,
+    TOP_FIELDS,
+    Blend,
+    Fields,
+    TokenStats,
+)
 
 Weigher = Callable[[TokenStats, None, None], Tensor]
 
@@ -50,7 +62,8 @@ def divergence_loss(
     Args:
         student: Logits (N, V) or (B, T, V), or a Head.
         teacher: The same, or a TopK. No gradient flows to it.
-        divergence: ReverseKL() unless given.
+        divergence: ReverseKL() unless given. A Gated's gates are called as gate(stats, None, None), of the stats given
+            or else of all rows, measured at this temperature.
         kept: The rows to learn from, as a rule returned them; every row unless given.
         stats: token_stats of the same sources: its values and normalisers are reused where it was measured at this
             temperature and holds what the divergence needs; else the kept rows are measured again.
@@ -84,7 +97,11 @@ def divergence_loss(
         request.check_values(None if kept is None else ids)
     labels = _checked_labels(stats, divergence, pair)
     objective = Objective(divergence, request.temperature, labels)
-    measured = None if stats is None or stats._partial else measured_at(stats, pair, objective, ids)
+    known = stats  # of all rows
+    if divergence.term_gates:
+        known = _measured_for_gates(divergence, request) if stats is None else stats
+        objective = replace(objective, gates=_gates(divergence, known, pair))
+    measured = None if known is None or known._partial else measured_at(known, pair, objective, ids)
     if measured is None:
         measure = measure_ops.measure if torch.compiler.is_compiling() else sweep.measure
         measured = measure(
@@ -93,6 +110,35 @@ def divergence_loss(
         )  # fmt: skip
     loss = row_loss(pair, objective, RowsToLearn(ids, measured), GradOptions(request.workspace, grad_logits))
     return loss if row_weights is None else loss * _weights(row_weights, stats, pair)[ids]
+
+
+def _gates(divergence: Divergence, stats: TokenStats | None, pair: Pair) -> tuple[Tensor, ...]:
+    """What multiplies each term, (N,) each."""
+    stats = TokenStats() if stats is None else stats
+    for reader in readers_of(divergence):
+        for name in sorted(getattr(reader, "needs", ())):
+            statistic(stats, name, type(reader).__name__)
+    return gates_of(divergence, stats, None, None, pair.student.batch_shape, pair.device)
+
+
+def _measured_for_gates(divergence: Divergence, request: Request) -> TokenStats | None:
+    """All rows, measured for the gates and for the loss; None where the gates read nothing."""
+    pair, readers = request.pair, readers_of(divergence)
+    if not readers:
+        return None
+    reads: frozenset[str] = frozenset().union(*map(statistics_read, readers))
+    if reads & LABEL_FIELDS:
+        raise ValueError("stats: expected token_stats(..., labels=...), since a gate reads them, got None")
+    if pair.topk is not None and reads & BEYOND_TOPK:
+        refuse("divergence", "gates that need no logits of the teacher, which is a TopK", divergence)
+    measure = measure_ops.measure if torch.compiler.is_compiling() else sweep.measure
+    top_k = max([getattr(reader, "top_k", 0) for reader in readers if statistics_read(reader) & TOP_FIELDS], default=0)
+    want = reads | divergence.needs | STUDENT_FIELDS
+    measured = measure(pair, want, temperature=request.temperature, top_k=top_k, workspace=request.workspace)
+    return TokenStats(
+        _measured=measured, _temperature=request.temperature, _vocab=pair.vocab, _top_k=top_k,
+        _batch_shape=pair.student.batch_shape, _topk_ids=None if pair.topk is None else pair.topk.ids,
+    )  # fmt: skip
 
 
 def _weights(given: Tensor | Weigher, stats: TokenStats | None, pair: Pair) -> Tensor:

@@ -11,7 +11,7 @@ overwritten; values are in nats unless the divergence is bounded by 1. S kept ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -25,6 +25,8 @@ from tip_kernels.stats import LABEL_FIELDS, Blend
 
 Row = Mapping[str | Blend, Tensor]
 Scalars = Mapping[str, Tensor]
+Gate = float | Tensor | Callable[..., Tensor]  # of (stats, row_mask, rollout_ids)
+GATE = "@gate"  # among the row scalars of a term: what multiplies it in each row
 
 
 def exp(x: Tensor) -> Tensor:
@@ -62,12 +64,14 @@ class Divergence:
         kernel: Its name in the Triton backend, or None: tiled torch then makes the gradient, on a GPU too.
         params: The parameters that the kernel takes; the class makes the same divergence of them, see of_params.
         max_per_row: The cap of a clipped one, or None.
+        term_gates: What multiplies each of its terms in each row, () where nothing does: see Gated.
     """
 
     needs: frozenset[str | Blend] = frozenset()
     sums: ClassVar[tuple[str, ...]] = ()
     kernel: ClassVar[str | None] = None
     max_per_row: float | None = None
+    term_gates: tuple[Gate, ...] = ()
 
     def __init_subclass__(cls) -> None:
         if ("gradient" in vars(cls) or "row_sums" in vars(cls)) and "kernel" not in vars(cls):
@@ -123,12 +127,16 @@ class Divergence:
             return NotImplemented
         if self.max_per_row is not None or other.max_per_row is not None:
             raise ValueError("divergence: a clipped divergence cannot be a part of a sum; clip the sum")
+        if self.term_gates or other.term_gates:
+            raise ValueError("divergence: a Gated cannot be a part of a sum; give it the other with a gate of 1")
         return WeightedSum(self.terms + other.terms)
 
     def __mul__(self, factor: float) -> Divergence:
         factor = finite_number("factor of a divergence", factor, positive=True)
         if self.max_per_row is not None:
             raise ValueError("divergence: a clipped divergence cannot be scaled; scale first, then clip")
+        if self.term_gates:
+            raise ValueError("divergence: a Gated cannot be scaled; scale what it gates")
         return WeightedSum(tuple((factor * weight, term) for weight, term in self.terms))
 
     __rmul__ = __mul__
@@ -564,7 +572,7 @@ class Term(NamedTuple):
 
     weight: float
     divergence: Divergence
-    rows: Scalars  # (S,) each, or (R, 1)
+    rows: Scalars  # (S,) each, or (R, 1); GATE among them where the term has one
 
 
 def tile_log_probabilities(z_s: Tensor, z_t: Tensor, rows: Scalars) -> tuple[Tensor, Tensor]:
@@ -590,8 +598,11 @@ def gradient_of_tile(z_s: Tensor, z_t: Tensor, terms: Sequence[Term], part: slic
     lp_s, lp_t = tile_log_probabilities(z_s, z_t, normalizers)
     total: Tensor | None = None
     for weight, divergence, scalars in terms:
-        g = divergence.gradient(lp_s, lp_t, {name: value[part].unsqueeze(1) for name, value in scalars.items()})
+        columns = {name: value[part].unsqueeze(1) for name, value in scalars.items()}
+        g = divergence.gradient(lp_s, lp_t, columns)
         g = g if weight == 1.0 else g.mul_(weight)
+        gate = columns.get(GATE)
+        g = g if gate is None else g.mul_(gate).masked_fill_(gate == 0, 0.0)
         total = g if total is None else total.add_(g)
     assert total is not None
     return total

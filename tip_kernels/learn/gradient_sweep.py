@@ -27,6 +27,7 @@ from tip_kernels.backends.products import addmm_, mm
 from tip_kernels.distributed.collectives import all_reduce_sum_
 from tip_kernels.distributed.shards import Shard
 from tip_kernels.learn.divergences import (
+    GATE,
     Divergence,
     Row,
     Scalars,
@@ -61,13 +62,17 @@ class GradOptions:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a row: (1 - ce_weight) * tau^2 * divergence + ce_weight * cross-entropy, tau^2 only where asked."""
+    """The loss of a row: (1 - ce_weight) * tau^2 * divergence + ce_weight * cross-entropy, tau^2 only where asked.
+
+    The divergence is the sum of its terms, each times its gate where there are gates.
+    """
 
     divergence: Divergence
     temperature: float | Tensor = 1.0  # a tensor is (N,)
     labels: Tensor | None = None  # (N,)
     ce_weight: float = 0.0
     temperature_sq: bool = False
+    gates: tuple[Tensor, ...] = ()  # (N,) each, of divergence.terms
 
     def at(self, temperature: float | Tensor) -> Objective:
         return replace(self, temperature=temperature)
@@ -85,6 +90,10 @@ class Objective:
         """The labels (S,) of the rows ids, where they are read."""
         assert self.labels is not None
         return self.labels[ids]
+
+    def gates_at(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """(S,) the gates of the rows ids."""
+        return tuple([gate[ids] for gate in self.gates])
 
     def factor(self, ids: Tensor, like: Tensor) -> Tensor:
         """What multiplies the divergence of the rows ids, of the shape of `like` (S,)."""
@@ -128,27 +137,44 @@ def differentiated(
             two_pass.append(term)
     sweep = RowSweep(rows.ids, normalizers, tau, options.workspace, backend)
     sums = iter(sums_of(sweep, pair, two_pass) if two_pass else ())
-    value, terms = torch.zeros_like(normalizers["logsum_s"]), []
-    for weight, term in parts:
+    value, terms = _zero(measured) if objective.gates else torch.zeros_like(normalizers["logsum_s"]), []
+    for i, (weight, term) in enumerate(parts):
         row: Row = {**measured, **next(sums)} if term.sums else measured
-        value = value + weight * term.value(row)
-        terms.append(Term(weight, term, term.scalars(row)))
-    factor = objective.factor(rows.ids, value)
-    limit, muted = divergence.max_per_row, objective.divergence_weight_is_zero
-    if muted:  # the divergence matters no more, but a NaN row stays one
-        loss = 0.0 * (normalizers["logsum_s"] + normalizers["logsum_t"])
-    elif limit is not None:
-        loss = value.clamp(max=limit) * factor
-        factor = torch.where(value > limit, 0.0, factor)
-    else:
-        loss = value * factor
+        of_term, scalars = weight * term.value(row), term.scalars(row)
+        if objective.gates:
+            of_term, scalars = gated(of_term, scalars, objective.gates[i][rows.ids])
+        value = value + of_term
+        terms.append(Term(weight, term, scalars))
+    loss, factor = _scaled_loss(objective, measured, value, objective.factor(rows.ids, value))
     ce = None if rows.at_one is None else CrossEntropy(objective.ce_weight, rows.at_one)
     reads_labels = ce is not None or divergence.needs & LABEL_FIELDS
     labels = objective.labels_at(rows.ids) if reads_labels else None
     if ce is not None:
         loss = loss - ce.logp_of(labels)
-    masked = muted or limit is not None
+    masked = objective.divergence_weight_is_zero or divergence.max_per_row is not None
     return loss, GradientSweep(sweep, options, terms, factor, torch.isfinite(loss), labels, ce, masked)
+
+
+def _zero(measured: Fields) -> Tensor:
+    """(S,) 0, but NaN in a NaN row."""
+    return 0.0 * (measured["logsum_s"] + measured["logsum_t"])
+
+
+def _scaled_loss(objective: Objective, measured: Fields, value: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) the divergence as it counts in the loss, and what its gradient is multiplied by."""
+    limit = objective.divergence.max_per_row
+    if objective.divergence_weight_is_zero:  # it matters no more
+        return _zero(measured), factor
+    if limit is None:
+        return value * factor, factor
+    return value.clamp(max=limit) * factor, torch.where(value > limit, 0.0, factor)
+
+
+def gated(value: Tensor, scalars: dict[str, Tensor], gate: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A term's value and row scalars under its gate, (S,) each: where that is 0 the term is left out, NaN or not."""
+    out = gate == 0
+    scalars = {name: scalar.masked_fill(out, 0.0) for name, scalar in scalars.items()}
+    return (gate * value).masked_fill(out, 0.0), scalars | {GATE: gate}
 
 
 @dataclass(frozen=True)
@@ -440,7 +466,7 @@ class GradientSweep(LeafSweep):
         push = torch.zeros_like(weights)
         for term in self.terms:
             if "label_factor" in term.rows:
-                push += term.weight * term.rows["label_factor"] * weights / self.sweep.temperature
+                push += label_push(term, slice(None), weights) / self.sweep.temperature
         if self.ce is None:
             return Label(self.labels, push)
         weight = upstream * self.ce.weight * (self.labels != IGNORE_LABEL)
@@ -466,8 +492,7 @@ class GradientSweep(LeafSweep):
         for term in self.terms:
             if "label_factor" in term.rows:
                 assert self.labels is not None
-                value = term.weight * term.rows["label_factor"][part] * up * self.factor[part]
-                value = value.unsqueeze(1) / self.sweep.temperature_at(part)
+                value = label_push(term, part, up * self.factor[part]).unsqueeze(1) / self.sweep.temperature_at(part)
                 add_columns(g, self.labels[part].unsqueeze(1), student.first + v0, value)
         if self.clipped:  # a clipped row may be an infinite one, whose g is not finite
             g.masked_fill_((self.factor[part] == 0).unsqueeze(1), 0.0)
@@ -503,8 +528,8 @@ class GradientSweep(LeafSweep):
         from tip_kernels.backends.triton import row_grad as kernels
 
         terms = [
-            kernels.Term(weight, not_none(divergence.kernel), divergence.params, rows_of_all(rows, part))
-            for weight, divergence, rows in self.terms
+            kernels.Term(weight, not_none(divergence.kernel), divergence.params, rows, rows.get(GATE))
+            for weight, divergence, rows in [(*term[:2], rows_of_all(term.rows, part)) for term in self.terms]
         ]
         tau = self.sweep.temperature
         tau = tau[part] if isinstance(tau, Tensor) else tau
@@ -521,6 +546,12 @@ class GradientSweep(LeafSweep):
         tile = exp(log_probabilities(z_s.clone(), shift, logsum)).mul_(weight)
         add_columns(tile, self.labels[part].unsqueeze(1), v0, -weight)
         return tile
+
+
+def label_push(term: Term, part: slice, weights: Tensor) -> Tensor:
+    """weights (R,) times what the term adds at the labels of the rows part."""
+    push = term.weight * term.rows["label_factor"][part] * weights
+    return push * term.rows[GATE][part] if GATE in term.rows else push
 
 
 class Balance:

@@ -7,6 +7,8 @@ S kept rows, R rows of a block, K tokens of a row.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tip_kernels._checks import not_none
 from tip_kernels.learn import ops
-from tip_kernels.learn.divergences import exp, log_probabilities
+from tip_kernels.learn.divergences import Divergence, exp, log_probabilities
 from tip_kernels.learn.gradient_sweep import (
     Balance,
     GradOptions,
@@ -52,12 +54,14 @@ def outcome_loss(pair: Pair, topk: TopKRows, objective: Objective, rows: RowsToL
     lp_t = topk.log_outcomes(rows.ids, pair.vocab, y[:, -1].isneginf())
     invalid = (y.isnan() | lp_t.isnan().any(1, keepdim=True)).any(1)
     y, lp_t = [x.masked_fill(invalid.unsqueeze(1), 0.0) for x in (y, lp_t)]  # no NaN meets the 0 of its gradient
+    gates = objective.gates_at(rows.ids)
     if topk.tail == "ignore":
-        parts = [weight * partial_divergence(not_none(term.kernel), y, lp_t) for weight, term in divergence.terms]
-        loss = sum(parts[1:], parts[0])
+        loss = _partial(divergence.terms, gates, y, lp_t)
         loss = loss if divergence.max_per_row is None else loss.clamp(max=divergence.max_per_row)
     else:
-        loss = _whole(Pair(LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)), Objective(divergence), options)
+        loss = _whole(
+            Pair(LogitRows(y[:, : lp_t.shape[1]]), LogitRows(lp_t)), Objective(divergence, gates=gates), options
+        )
     if objective.divergence_weight_is_zero:
         loss = torch.zeros_like(loss)
     else:
@@ -66,6 +70,21 @@ def outcome_loss(pair: Pair, topk: TopKRows, objective: Objective, rows: RowsToL
         cross_entropy = y.logsumexp(1) - logits[:, n_outcomes]
         loss = loss + objective.ce_weight * torch.where(labels == IGNORE_LABEL, 0.0, cross_entropy)
     return loss.masked_fill(invalid, torch.nan)
+
+
+def _partial(terms: Sequence[tuple[float, Divergence]], gates: tuple[Tensor, ...], y: Tensor, lp_t: Tensor) -> Tensor:
+    """The (S,) sum of the terms, each a sum that stops at the K tokens, differentiable in the outcomes' logits y."""
+    total = torch.zeros_like(y[:, 0])
+    for i, (weight, term) in enumerate(terms):
+        if not gates:
+            total = total + weight * partial_divergence(not_none(term.kernel), y, lp_t)
+            continue
+        out = (gates[i] == 0).unsqueeze(1)  # where the term is left out, it is one of rows that agree
+        value = partial_divergence(
+            not_none(term.kernel), y.masked_fill(out, 0.0), lp_t.masked_fill(out, -math.log(y.shape[1]))
+        )
+        total = total + weight * gates[i] * value
+    return total
 
 
 def _whole(outcomes: Pair, objective: Objective, options: GradOptions) -> Tensor:

@@ -196,12 +196,7 @@ class Threshold(Rule):
         return frozenset({self.by})
 
     def _eligible(self, values, population):
-        x, eligible = values[self.by], population
-        if self.above is not None:
-            eligible = eligible & (x > cut_at(self.above, x, population))
-        if self.below is not None:
-            eligible = eligible & (x < cut_at(self.below, x, population))
-        return eligible
+        return within(values[self.by], population, self.above, self.below)
 
 
 @dataclass(frozen=True)
@@ -410,6 +405,16 @@ def clipped_entropy(values: dict[str, Tensor], population: Tensor) -> Tensor:
 def cut_at(cut: Cut, x: Tensor, rows: Tensor) -> Tensor | float:
     """A threshold as a number to compare fp32 x with."""
     return quantile(x, rows, cut[1]).float() if isinstance(cut, tuple) else float(cut)
+
+
+def within(x: Tensor, rows: Tensor, above: Cut | None, below: Cut | None) -> Tensor:
+    """(N,) bool: those of the rows with above < x < below."""
+    inside = rows
+    if above is not None:
+        inside = inside & (x > cut_at(above, x, rows))
+    if below is not None:
+        inside = inside & (x < cut_at(below, x, rows))
+    return inside
 
 
 def check_statistic(name: str, value: object) -> None:

@@ -17,13 +17,24 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, is_int
-from tip_kernels.select.rule import check_statistic, layout, rollout_of_rows, run_starts, statistic, unmasked
+from tip_kernels.select.rule import (
+    Cut,
+    check_cut,
+    check_statistic,
+    layout,
+    rollout_of_rows,
+    run_starts,
+    statistic,
+    unmasked,
+    within,
+)
 from tip_kernels.stats import TOP_FIELDS, TokenStats
 
 __all__ = [
     "ConfidenceProduct",
     "DriftDecay",
     "ImportanceRatio",
+    "Indicator",
     "LogRatioSigmoid",
     "PositionDecay",
     "PrefixDecay",
@@ -321,6 +332,40 @@ class DriftDecay(Weight):
         drifted = (valid & (values[self.by] < self.threshold)).long()
         before, _ = sums_of_groups(drifted, group)
         return self.base + (1 - self.drop * (before + drifted).double()).clamp(min=0.0)
+
+
+@dataclass(frozen=True)
+class Indicator(Weight):
+    """1 where above < x < below, both strict, x = stats[by]; 0 elsewhere; W8.
+
+    The hard gate of entropy-aware OPD (arXiv 2603.07079) is `Indicator("entropy_t", above=0.8)`: see Gated.
+
+    Args:
+        by: Name of a TokenStats statistic.
+        above: A finite float in the unit of `by`, or ("quantile", q) over the valid rows of the batch, q in [0, 1];
+            None is no bound.
+        below: The same.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+
+    by: str
+    above: Cut | None = None
+    below: Cut | None = None
+
+    def __post_init__(self) -> None:
+        check_statistic("by", self.by)
+        for name in ("above", "below"):
+            if getattr(self, name) is not None:
+                check_cut(name, getattr(self, name))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.by})
+
+    def _weigh(self, values: dict[str, Tensor], valid: Tensor, group: Tensor) -> Tensor:
+        return within(values[self.by], valid, self.above, self.below)
 
 
 def log_ratio(values: dict[str, Tensor]) -> Tensor:

@@ -60,7 +60,12 @@ def _tile_gradient(raw_s, raw_t, at, s, t, w, rows, numbers, label, TERMS: tl.co
     p_t = tl.exp2(l_t)
     g = tl.zeros_like(p_s)
     for i in tl.static_range(len(TERMS)):
-        g = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w, l_s, l_t, p_s, p_t, rows, numbers)
+        if TERMS[i][3] < 0:
+            g = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w, l_s, l_t, p_s, p_t, rows, numbers)
+        else:
+            gate = rows[TERMS[i][3]]
+            more = add_gradient(TERMS[i][0], TERMS[i][1], TERMS[i][2], g, w * gate, l_s, l_t, p_s, p_t, rows, numbers)
+            g = tl.where(gate != 0.0, more, g)  # 0 times what overflows
     if len(label) > 0:
         g += tl.where(at == label[0], label[1], 0.0)
     sure = l_s > -1.0
@@ -112,9 +117,9 @@ def grad_kernel(
     """Columns [c CHUNK, (c + 1) CHUNK) of slot i, c = pid % n_chunks, i = pid // n_chunks.
 
     rows: pointers to (S,) upstream, shift_s, logsum_s, shift_t, logsum_t and the terms' row scalars. numbers: their
-    weights and parameters. TERMS: KIND, R and P of each term as in `add_gradient`; R counts without upstream. label:
-    pointers as in `Label`. A slot with nothing to add, a negative row id or a row scalar that is not finite is written
-    as zeros; with SCATTER a negative row id writes nothing.
+    weights and parameters. TERMS: KIND, R and P of each term as in `add_gradient` and its gate among the row scalars or
+    -1; R counts without upstream. label: pointers as in `Label`. A slot with nothing to add, a negative row id or a row
+    scalar that is not finite is written as zeros; with SCATTER a negative row id writes nothing.
 
     With others_ptr a sure student's entry is left out: others (S, n_chunks) are the sums of what is written, sure
     (S, n_chunks) the entry's column or -1, for `entry_kernel`.
@@ -198,12 +203,16 @@ def entry_kernel(
 
 
 class Term(NamedTuple):
-    """weight times one divergence: its name in KINDS, its parameters and its row scalars by name, (S,) fp32."""
+    """weight times one divergence: its name in KINDS, its parameters and its row scalars by name, (S,) fp32.
+
+    gate: (S,) fp32, multiplies the term in each row; where it is 0 the term is left out.
+    """
 
     weight: float
     name: str
     params: tuple[float, ...] = ()
     rows: Mapping[str, Tensor] = MappingProxyType({})
+    gate: Tensor | None = None
 
 
 class Label(NamedTuple):
@@ -268,12 +277,7 @@ def row_grad(
         raise ValueError("softcap_s must be None with balance=True")
     check_tiles(logits_s, logits_t, n_slots, row_ids)
     _check_out(out, logits_s, n_slots, row_ids, scatter)
-    rows, numbers, kinds = [upstream, *(normalisers[name] for name in NORMALISERS)], [], []
-    for term in terms:
-        kind, names, _ = KINDS[term.name]
-        kinds += (kind, len(rows) - 1, len(numbers))
-        rows += [term.rows[name] for name in names]
-        numbers += map(float, (term.weight, *term.params))
+    rows, kinds, numbers = _arguments([upstream, *(normalisers[name] for name in NORMALISERS)], terms)
     label = [] if label is None else [value for value in label if value is not None]
     maps = map_arguments(temperature, scale_s, softcap_s, scale_t, softcap_t)
     label = label[:1] + list(map(fp32, label[1:]))
@@ -283,6 +287,18 @@ def row_grad(
     else:
         _row_grad(out, logits_s, logits_t, row_ids, scatter, *rest)
     return out
+
+
+def _arguments(rows: list[Tensor], terms: Sequence[Term]) -> tuple[list[Tensor], list[int], list[float]]:
+    """rows with those of the terms, kinds and numbers, as `_row_grad` takes them."""
+    kinds: list[int] = []
+    numbers: list[float] = []
+    for term in terms:
+        kind, names, _ = KINDS[term.name]
+        kinds += (kind, len(rows) - 1, len(numbers), -1 if term.gate is None else len(rows) + len(names) - 1)
+        rows = rows + [term.rows[name] for name in names] + ([] if term.gate is None else [term.gate])
+        numbers += map(float, (term.weight, *term.params))
+    return rows, kinds, numbers
 
 
 @torch.library.custom_op("tip_kernels::row_grad", mutates_args={"out"})
@@ -361,7 +377,7 @@ def _launch(
             out, logits_s, logits_t, aligned(row_ids), others, sure, aligned(maps[0]), *maps[1:],
             tuple(map(aligned, rows)), tuple(numbers) or (0.0,), tuple(map(aligned, label)),
             logits_s.stride(0), logits_t.stride(0), out.stride(0), width, chunks, first_column,
-            TERMS=tuple(zip(kinds[::3], kinds[1::3], kinds[2::3], strict=True)), SCATTER=scatter,
+            TERMS=tuple(zip(*(kinds[i::4] for i in range(4)), strict=True)), SCATTER=scatter,
             ALIGNED=row_alignment(logits_s, logits_t, out), CHUNK=CHUNK, **grad_config(),
         )  # fmt: skip
         if balance:
