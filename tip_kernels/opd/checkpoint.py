@@ -231,6 +231,8 @@ def restore(checkpoint: Path, loop: Loop, counters: Counters) -> None:
         if len(whole) != sum(map(bool, state.values())) or (not whole and counters.step > counters.skipped):
             raise ValueError("moments that are not those of its weights")
         if loop.focus and counters.step > counters.skipped:
+            if counters.focus is None:
+                raise ValueError("no ratio of AdaKD")
             loop.focus.load_state_dict(counters.focus)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UsageError(

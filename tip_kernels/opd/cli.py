@@ -112,7 +112,7 @@ def settings_of(options: dict, claim: Claim) -> tuple[Settings, Path | None]:
     for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
         if name in given and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
-    chosen = MODELS.get(options.get("model"), {})
+    chosen = MODELS.get(options.get("model") or "", {})
     if not options.get("resume"):
         checkpoint.check_output(folder, options.get("overwrite", False))
         for name in ("teacher", "student", "task"):

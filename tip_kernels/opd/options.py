@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from tip_kernels.distillation import registry as names
 from tip_kernels.distillation.registry import CLASSES, DIVERGENCES, RULES
 from tip_kernels.inspect.usage import Parser
 from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 
+Value = TypeVar("Value")
 DESCRIPTION = """\
 On-policy distillation: the student answers prompts, the teacher scores every token, a rule picks the tokens that
 matter, and the student learns from those only. Without options a packaged student that adds wrongly learns from a
@@ -34,7 +36,7 @@ def divergence(text: str) -> str:
     return text
 
 
-def _argument(read: Callable[[str], object], text: str):
+def _argument(read: Callable[[str], Value], text: str) -> Value:
     try:
         return read(text)
     except ValueError as error:

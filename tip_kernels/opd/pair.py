@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tip_kernels._checks import not_none
 from tip_kernels.hooks.transformers import head_of
 from tip_kernels.inspect.usage import UsageError
 from tip_kernels.opd import smollm2, weights
@@ -26,14 +28,14 @@ from tip_kernels.sources.pair import Head
 class Side:
     """One model and how much of its vocabulary both share."""
 
-    model: nn.Module
+    model: PreTrainedModel  # or DDP around it, whose forward is the same
     vocab_size: int | None = None
     takes_positions: bool = True  # as position_ids; some models count for themselves
 
     @property
     def tokens(self) -> int:
         """How many tokens the head tells apart."""
-        return self.vocab_size or self.model.get_output_embeddings().weight.shape[0]
+        return self.vocab_size or not_none(self.model.get_output_embeddings()).weight.shape[0]
 
     def head(self, tokens: Tensor, attention: Tensor, first: int = 0) -> Head:
         """The logits from place `first` on, unformed; tokens (B, T) are left-padded, attention (B, T) is 0 there."""
@@ -66,7 +68,7 @@ class Pair:
             try:
                 if chat:
                     turns = [{"role": "user", "content": prompt}]
-                    prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                    prompt = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
                 ids = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
             except Exception as error:  # tokenizers raises bare Exceptions
                 raise UsageError(
@@ -118,7 +120,7 @@ def load_pair(teacher: Path | str, student: Path | str, device: torch.device, re
     return Pair(sides["teacher"], sides["student"], tokenizer, stop_ids, pad_id, longest)
 
 
-def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder; `later` holds weights to read in place of the folder's."""
     argument, source = f"--{name}", folder
     try:
@@ -127,7 +129,7 @@ def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.
         if later:
             argument, source = "--resume", later
             weights.check(argument, later)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **weights.OWN
         )
         weights.check_read(argument, source, model, loading)
@@ -139,8 +141,8 @@ def _checkpoint(name: str, folder: Path, later: Path | None = None) -> tuple[nn.
     return model, tokenizer
 
 
-def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    listed = model.generation_config.eos_token_id if model.generation_config else None
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    listed: Any = model.generation_config.eos_token_id if model.generation_config else None
     listed = tokenizer.eos_token_id if listed is None else listed
     ids = () if listed is None else tuple(listed) if isinstance(listed, list | tuple) else (listed,)
     if not all(type(i) is int and i >= 0 for i in ids):
@@ -150,10 +152,11 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], rows: int) -> int:
     """A token that both models have a row of: a GPU looks that row up even behind a mask."""
-    return next(i for i in (tokenizer.pad_token_id, *stop_ids, 0) if i is not None and i < rows)
+    own: Any = tokenizer.pad_token_id
+    return next(i for i in (own, *stop_ids, 0) if i is not None and i < rows)
 
 
-def _side(name: str, model: nn.Module, vocab_size: int | None) -> Side:
+def _side(name: str, model: PreTrainedModel, vocab_size: int | None) -> Side:
     """A model that is found, on a few tokens, to generate and to have a readable head."""
     side, kind = Side(model, vocab_size), type(model).__name__
     ids = [i % side.tokens for i in range(1, 7)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tip_kernels.distributed import collectives
 from tip_kernels.inspect.usage import UsageError
 
+CPU = torch.device("cpu")
 Found = TypeVar("Found")
 
 
@@ -27,7 +28,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    device: torch.device | str = "cpu"
+    device: torch.device = CPU
 
     @property
     def writes(self) -> bool:
@@ -44,17 +45,18 @@ class Ranks:
     def each(self, find: Callable[[], Found]) -> Found:
         """What this process finds by itself; the first UsageError of any process on all."""
         try:
-            found, trouble = find(), None
+            outcome, trouble = [find()], None
         except UsageError as error:
-            found, trouble = None, str(error)
+            outcome, trouble = [], str(error)
         troubles = [trouble] * self.count
         if self.count > 1:
             dist.all_gather_object(troubles, trouble)
         if of_any := [trouble for trouble in troubles if trouble is not None]:
             raise UsageError(of_any[0])
+        (found,) = outcome
         return found
 
-    def apart(self, model: torch.nn.Module) -> AbstractContextManager:
+    def apart(self, model: Any) -> AbstractContextManager:
         """Inside, gradients of the model add up in this process and are not averaged yet."""
         return model.no_sync() if self.count > 1 else nullcontext()
 
@@ -62,7 +64,7 @@ class Ranks:
         """What the first process decides, or its UsageError, on all."""
         if self.count == 1:
             return decide()
-        said: list[object] = [None]
+        said: list[Any] = [None]
         if self.writes:
             try:
                 said = [(decide(), None)]

@@ -181,8 +181,9 @@ def write_pages(folder: Path, result: dict) -> None:
 def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
     """Start and end side by side."""
     table = Table(title=f"{task}: {prompts} held-out prompts, greedy decoding", title_justify="left")
-    for column, justify in (("", "left"), ("start", "right"), ("end", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column("", justify="left")
+    table.add_column("start", justify="right")
+    table.add_column("end", justify="right")
     if result["end_accuracy"] is not None:
         table.add_row("accuracy", _percent(result["start_accuracy"]), _percent(result["end_accuracy"]))
     table.add_row("KL(student || teacher), nats a token", _number(result["start_kl"]), _number(result["end_kl"]))

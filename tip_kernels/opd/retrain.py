@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tip_kernels._checks import not_none
 from tip_kernels.opd import addition
 from tip_kernels.opd.rollout import sample
 from tip_kernels.opd.task import Task, load_task
@@ -60,6 +61,8 @@ def character_tokenizer(characters: str = addition.CHARACTERS) -> PreTrainedToke
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of the recipe's size with fresh weights (drawn from torch's global generator)."""
+    stop: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -69,8 +72,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         head_dim=recipe.width // recipe.heads,
         max_position_embeddings=64,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop,
+        pad_token_id=pad,
         initializer_range=recipe.width**-0.5 / 2,
     )
     return LlamaForCausalLM(config)
@@ -146,7 +149,7 @@ def greedy_accuracy(model: LlamaForCausalLM, tokenizer, task: Task) -> float:
         tokenizer.decode(text[own], skip_special_tokens=True)
         for text, own in zip(out.completions, out.mask, strict=True)
     ]
-    return sum(task.judge(i, text, bool(out.ended[i])) for i, text in enumerate(texts)) / len(texts)
+    return sum(not_none(task.judge)(i, text, bool(out.ended[i])) for i, text in enumerate(texts)) / len(texts)
 
 
 def retrain(output: Path, seed: int, report=print) -> dict:

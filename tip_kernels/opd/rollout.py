@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -88,7 +88,9 @@ def sample(
     )
     processors = LogitsProcessorList([] if vocab_size is None else [_FirstTokens(vocab_size)])
     with _unbiased(model), nullcontext() if seed is None else _seeded(seed, device):
-        tokens = model.generate(tokens, attention_mask=attention, generation_config=config, logits_processor=processors)
+        tokens = model.generate(  # pyright: ignore[reportCallIssue]  (GenerationMixin's, which causal models have)
+            tokens, attention_mask=attention, generation_config=config, logits_processor=processors
+        )
     completions = tokens[:, attention.shape[1] :]
     stops = torch.isin(completions, torch.tensor(list(stop_ids), dtype=torch.int64, device=device))
     mask = stops.cumsum(1) - stops.long() == 0  # no stop before it
@@ -107,7 +109,7 @@ class _FirstTokens(LogitsProcessor):
 
 
 @contextmanager
-def _unbiased(model: nn.Module) -> Iterator[None]:
+def _unbiased(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode and without generation settings of its own, such as a top_k or a repetition penalty."""
     training, own = [module for module in model.modules() if module.training], model.generation_config
     model.eval()

@@ -14,10 +14,10 @@ import importlib.util
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tip_kernels.inspect.usage import UsageError, install
 
@@ -45,10 +45,10 @@ def file() -> Path:
     return paths[0]
 
 
-def read() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def read() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The whole model in fp32 and its tokenizer."""
     path = file()
-    gguf = importlib.import_module("gguf")
+    gguf: Any = importlib.import_module("gguf")
     if not hasattr(gguf, "__version__"):  # where transformers looks if Python 3.10's metadata names no distribution
         gguf.__version__ = importlib.metadata.version("gguf")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
@@ -59,9 +59,9 @@ def read() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def first_layers(model: nn.Module, count: int) -> nn.Module:
+def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """A copy that has the first `count` layers alone (0 is all) and can be saved as an ordinary checkpoint."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     have = config.num_hidden_layers
     if count > have:
         raise UsageError(f"argument --model: expected at most smollm2:{have}, got smollm2:{count}")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tip_kernels._checks import not_none
 from tip_kernels.inspect.usage import UsageError, install
 from tip_kernels.opd import addition
 
@@ -65,7 +66,8 @@ def load_task(name: str, eval_prompts: int | None) -> Task:
     known = sum(answer is not None for answer in answers.values())
     if 0 < known < len(answers):
         raise UsageError(f"argument --task: {path}: expected an answer in every row or in none, got {known} answers")
-    judge = (lambda prompt, completion: _agrees(answers[prompt], completion)) if known else None
+    known_answers = {prompt: answer for prompt, answer in answers.items() if answer is not None}
+    judge = (lambda prompt, completion: _agrees(known_answers[prompt], completion)) if known else None
     return _from_list(name, list(answers), eval_prompts, judge)
 
 
@@ -102,7 +104,7 @@ def _from_list(name: str, prompts: list[str], count: int | None, right: Callable
         return training * rounds + rng.sample(training, rest)
 
     def judge(index: int, completion: str, ended: bool) -> bool:
-        return right(held_out[index], completion)
+        return not_none(right)(held_out[index], completion)
 
     return Task(name, held_out, draw, judge if right else None, max_new_tokens=256, listed=tuple(training))
 

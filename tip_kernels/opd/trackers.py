@@ -53,7 +53,7 @@ class _Wandb:
     """Weights & Biases, which sends what it logs to its server unless WANDB_MODE=offline."""
 
     def __init__(self, folder: Path, settings: dict, done: int):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (an option of a user's)
 
         self.run = wandb.init(project=PROJECT, name=folder.name, dir=str(folder), config=settings)
 
@@ -68,7 +68,7 @@ class _Trackio:
     """trackio, which keeps what it logs on this machine. It prints to stdout, which is the JSON line's."""
 
     def __init__(self, folder: Path, settings: dict, done: int):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]  (an option of a user's)
 
         with redirect_stdout(sys.stderr):
             self.run = trackio.init(project=PROJECT, name=folder.name, config=settings, embed=False)

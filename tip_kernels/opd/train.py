@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tip_kernels._checks import not_none
 from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.distillation.registry import divergence_of
@@ -159,8 +160,10 @@ class Loop:
         rollouts = self.rollouts()
         ratio = {"keep": self.focus.keep} if self.focus else {}
         size, most = self.settings.micro_batch, -(-self.settings.batch // self.ranks.count)
-        whole = size is None or size >= most * self.settings.rollouts_per_prompt  # of the process that has most
-        sums, loss, norm = self._learn_whole(rollouts) if whole else self._learn_parts(rollouts.parts(size), rollouts)
+        if size is None or size >= most * self.settings.rollouts_per_prompt:  # of the process that has most
+            sums, loss, norm = self._learn_whole(rollouts)
+        else:
+            sums, loss, norm = self._learn_parts(rollouts.parts(size), rollouts)
         rows, kept = int(sums.rows), int(sums.kept)
         if self.focus and norm is not None:
             self.focus.update(loss)
@@ -210,13 +213,14 @@ class Loop:
 
         def losses() -> Iterator[Tensor]:
             for part, teacher, own in zip(parts, teachers, chosen, strict=True):
+                own["normalizer"] = kept
                 out = distill(
                     response_head(self.student, part),
                     teacher,
                     divergence=self.divergence,
                     labels=self.labels(part),
                     workspace_mib=self.settings.workspace_mib,
-                    **own | {"normalizer": kept},
+                    **own,
                 )
                 outs.append(out._replace(loss=out.loss.detach()))
                 yield out.loss * self.ranks.count
@@ -254,7 +258,7 @@ class Loop:
             median_scope = "global" if scope == "global" else "batch"
             how = {"base": self.settings.loss_temperature, "median_of": self.settings.median_of or "valid"}
             how["min_rows"] = self.settings.min_rows
-            return adakd(self.focus, row_mask=mask, rollout_ids=ids, scope=scope, median_scope=median_scope, **how)
+            return {**adakd(self.focus, row_mask=mask, rollout_ids=ids, scope=scope, median_scope=median_scope, **how)}
         rule = self.settings.make_rule(self.generator("rule"))
         at = {"temperature": self.settings.loss_temperature}
         return {"select": rule, "row_mask": mask, "rollout_ids": ids, "normalizer": "kept"} | at
@@ -333,8 +337,8 @@ class Loop:
         verdicts = []
         whole = zip(indices, rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
         for index, completion, mask, ended in whole:
-            text = self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True)
-            verdicts.append(self.task.judge(index, text, bool(ended)))
+            text = str(self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True))
+            verdicts.append(not_none(self.task.judge)(index, text, bool(ended)))
         return verdicts
 
     def _expect_numbers(self, kl: float, student_is_sound: bool) -> None:
