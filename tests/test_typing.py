@@ -1,4 +1,7 @@
-"""A user's script over every public name runs, and pyright (standard), where it is installed, passes it."""
+"""A user's script over every public name runs; pyright (standard), where it is installed, passes it and the package.
+
+Of the package it checks all but the Triton kernels, as pyproject.toml says, which `make types` and nox read, too.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ def test_script_runs():
 
 
 @checked
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL, which a hook imports, is not installed")
 def test_a_checker_passes_the_script_and_what_of_the_package_is_typed():
     ran = pyright()
     assert ran.returncode == 0, ran.stdout
