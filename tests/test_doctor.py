@@ -177,7 +177,7 @@ def test_json_holds_what_the_lines_say(capsys):
     report = json.loads(output)
     assert code == 0 and report["ok"] is True
     assert report["system"]["tip_kernels"] == tip.__version__
-    assert report["packages"]["torch"]["found"] == torch.__version__
+    assert torch.__version__.startswith(report["packages"]["torch"]["found"])  # which may lack "+cu128"
     assert report["backend"]["backend"] == "eager" and "cpu" in report["backend"]["why"]
     assert report["device"]["device"] == "cpu"
     assert report["compilers"].keys() == {"c", "c++"}

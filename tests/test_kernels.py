@@ -862,7 +862,8 @@ def test_compiled_kernels_do_not_regress(tmp_path):
         assert row["load_bits"] == was["load_bits"], row
         assert row["registers"] <= was["registers"] + 32, (row, was)
         if row["instr_per_pair"] is not None:
-            most = 1.1 if triton.__version__.startswith("3.9.") else 1.25  # the table is 3.9's; 3.6 takes 12 % more
+            # the table is 3.9's; 3.6 takes 12 % more, on sm_100, whose packed operations it lacks, 44
+            most = 1.1 if triton.__version__.startswith("3.9.") else 1.5 if row["target"] == "sm_100" else 1.25
             assert row["instr_per_pair"] <= most * was["instr_per_pair"], (row, was)
 
 

@@ -132,6 +132,9 @@ class Case(Record):
     sweeps: int | None = None
     block: int = 256  # rows of a block of the one sweep
     at_once: bool = False  # backward=True
+    loss_scale: float = 1.0  # of the gradients, as a GradScaler's
+    weigher: bool = False  # row_weights as a callable, beside or without the tensor's values
+    junk: bool = False  # in the per-row arguments of masked rows
 
     @property
     def n_rows(self) -> int:
@@ -229,6 +232,9 @@ def cases(draw) -> Case:
         "sweeps": draw(st.sampled_from([None, 1, 1, 2] if student.kind == "head" and not listed else [None, 2])),
         "block": draw(st.sampled_from([1, 3, 8, 256])),
         "at_once": draw(st.integers(0, 4)) == 0,
+        "loss_scale": draw(st.sampled_from([1.0, 1.0, 2.0**10])),
+        "weigher": draw(st.integers(0, 3)) == 0,
+        "junk": draw(st.booleans()),
     }
     return Case(call, shape=shape, vocab=vocab, student=student, teacher=teacher, **options)
 
@@ -711,6 +717,31 @@ def check_leaves(
         )
 
 
+@dataclass(frozen=True)
+class ByEntropy:
+    """A row weight that falls with the student's entropy, 0 beyond a nat, times what it is given."""
+
+    beside: Tensor | None
+    needs = frozenset({"entropy_s"})
+
+    def __call__(
+        self, stats: tip.TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None
+    ) -> Tensor:
+        w = (1 - stats.entropy_s).clamp(min=0.0)
+        return w if self.beside is None else w * self.beside
+
+
+def junk_where_masked(problem: Problem) -> dict[str, Tensor | float | None]:
+    """The per-row arguments, where a row is masked with values that no row may have."""
+    worst = {"labels": 10**9, "row_weights": NAN, "temperature": -1.0}
+    said = {name: getattr(problem, name) for name in worst}
+    if problem.case.junk and problem.row_mask is not None:
+        for name, x in said.items():
+            if isinstance(x, Tensor):
+                said[name] = x.masked_fill(~problem.row_mask, worst[name])
+    return said
+
+
 def rule_of(case: Case) -> tip.Rule:
     if case.rule in OTHER_RULES:
         return OTHER_RULES[case.rule]
@@ -720,20 +751,23 @@ def rule_of(case: Case) -> tip.Rule:
 def check_distill(problem: Problem) -> None:
     case, n = problem.case, problem.case.n_rows
     student = problem.student.learning()
+    said = junk_where_masked(problem)
+    weights = ByEntropy(said["row_weights"]) if case.weigher else problem.in_shape(said["row_weights"])
     options = {
         "select": rule_of(case),
         "divergence": problem.divergence,
         "row_mask": problem.in_shape(problem.row_mask),
         "rollout_ids": problem.in_shape(problem.rollout_ids),
-        "labels": problem.in_shape(problem.labels),
+        "labels": problem.in_shape(said["labels"]),
         "ce_weight": case.ce_weight,
-        "row_weights": problem.in_shape(problem.row_weights),
-        "temperature": problem.in_shape(problem.temperature),
+        "row_weights": weights,
+        "temperature": problem.in_shape(said["temperature"]),
         "temperature_sq": case.temperature_sq,
         "normalizer": case.normalizer,
         "workspace_mib": case.workspace_mib,
         "full_stats": case.full_stats,
         "backward": case.at_once,
+        "grad_scale": torch.tensor(case.loss_scale) if case.at_once else 1.0,
     }
     try:
         out = distill(student.public(), problem.public_teacher, sweeps=case.sweeps, **options)
@@ -745,13 +779,13 @@ def check_distill(problem: Problem) -> None:
     else:
         assert case.sweeps != 1 or out.plan.strategy == "one sweep"
     if not case.at_once:
-        out.loss.backward()
+        (out.loss * case.loss_scale).backward()
     kept = out.kept.mask
     check_selection(problem, out)
 
     rule, mask = rule_of(case), torch.ones(n, dtype=torch.bool) if problem.row_mask is None else problem.row_mask
     reads = case.full_stats or case.gates == "read"
-    every = bool(rule.needs) or reads
+    every = bool(rule.needs) or reads or case.weigher
     of_teacher = reads or bool(rule.needs - {"lse_s", "entropy_s", "margin_s", "logp_s"})
     rows = {}
     for name in PUBLIC:
@@ -762,6 +796,8 @@ def check_distill(problem: Problem) -> None:
     broken_s, broken_t = problem.broken()
     found = mask & ((broken_s & every) | (broken_t & of_teacher) | (kept & (broken_s | broken_t)))
     w = torch.ones(n) if problem.row_weights is None else problem.row_weights.clone()
+    if case.weigher:
+        w = ByEntropy(w)(out.stats)
     if out.kept._weights is not None:
         w = w * out.kept._weights
     w = torch.where(kept, w, 0.0).double()
@@ -785,7 +821,9 @@ def check_distill(problem: Problem) -> None:
     assert out.plan.dropped_rows == (kept & ~truth[0].isfinite()).sum()
     # a gradient made before its scale is known is rounded before and after
     roundings = 1 if out.plan.strategy == "two sweeps" else 2
-    check_leaves(problem, student, eager[1], truth[1], weight.max().item() * floor if n else 0.0, roundings)
+    scaled = [[case.loss_scale * g for g in grads] for _, grads in (eager, truth)]
+    largest = weight.max().item() * floor * case.loss_scale if n else 0.0
+    check_leaves(problem, student, *scaled, largest, roundings)
 
 
 def check_selection(problem: Problem, out: tip.Distilled) -> None:

@@ -169,6 +169,8 @@ def test_every_public_name_is_on_a_page_and_in_the_api():
     assert not [name for name in tip.__all__ if name not in text or f"_public.{name}\n" not in api]
 
 
+# mkdocstrings' last release for Python 3.10 breaks beside today's pymdown-extensions
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the pages are built on Python 3.11 and later")
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

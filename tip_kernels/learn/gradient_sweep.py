@@ -391,8 +391,11 @@ class LeafSweep:
         self, pair: Pair, student: HeadRows, upstream: Tensor, need: tuple[bool, ...], dead: Tensor | None
     ) -> list[Tensor | None]:
         all_ids, options = self.sweep.ids, self.options
-        sums = HeadGradients(student, all_ids, need, into=options.weight_into, grad_filter=options.grad_filter)
         tiling, balance = self.sweep.tiling(pair), self.balance(upstream)
+        sums = HeadGradients(
+            student, all_ids, need, into=options.weight_into, grad_filter=options.grad_filter,
+            sure=None if balance is None else balance.columns,
+        )  # fmt: skip
         for v0, v1 in tiling.slices:
             weights = pair.weights(v0, v1)
             assert weights[0] is not None  # of a Head
@@ -597,6 +600,8 @@ class HeadGradients:
             later; else each slice is rounded to the weight's dtype when it is closed
     into    where d(weight) is added instead of into a buffer of its own, (V, H)
     buffer  that buffer, if there is one already; what it holds is lost
+    sure    (S,) the token of each row whose entry is added in the end, -1 for none, as found by then: of a weight
+            narrower than fp32 the rest of its sum is kept meanwhile, (S, H) in its dtype, so that it is rounded once
     """
 
     def __init__(
@@ -609,18 +614,22 @@ class HeadGradients:
         into: Tensor | None = None,
         grad_filter: GradFilter | None = None,
         buffer: Tensor | None = None,
+        sure: Tensor | None = None,
     ) -> None:
-        self.student, self.ids, self.into, self.filter = student, ids, into, grad_filter
+        self.student, self.ids, self.into, self.filter, self.sure = student, ids, into, grad_filter, sure
         need_hidden, need_weight, need_bias = (*need, False, False, False)[:3]
         weight, device = student.weight, ids.device
         self.hidden: Tensor | None = None  # the sums that are wanted
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.rest: Tensor | None = None
         if need_weight:
             dtype = torch.float32 if wide else weight.dtype
             if buffer is None and into is None:
                 buffer = torch.empty(weight.shape, dtype=dtype, device=device)
             self.weight = buffer if into is None else into
+            if sure is not None and self.weight is not None and self.weight.dtype != torch.float32:
+                self.rest = torch.zeros(ids.numel(), student.width, dtype=self.weight.dtype, device=device)
         if need_bias:
             self.bias = torch.zeros(student.leaves[2].shape, device=device)
         if need_hidden:
@@ -649,7 +658,10 @@ class HeadGradients:
             if self.fresh:
                 self.slice.zero_()  # every tile was left out, or there was none
             if self.slice is not place:
-                place.add_(self.slice) if self.into is not None else place.copy_(self.slice)
+                if self.into is not None:
+                    self.slice += place
+                place.copy_(self.slice)
+                self._keep_rest(self.slice, place)
         self.walked = max(self.walked, v1)
         del self.tile, self.slice
 
@@ -676,7 +688,8 @@ class HeadGradients:
         if student.columns == 0 or len(tokens) == 0:  # a rank's share may be empty
             return
         here = (columns >= 0) & (columns < student.columns)
-        columns, values = columns.clamp(0, student.columns - 1), torch.where(here, values, 0.0)
+        own, values = torch.where(here, columns, student.columns), torch.where(here, values, 0.0)
+        columns = columns.clamp(0, student.columns - 1)
         if self.bias is not None:
             self.bias.index_add_(0, columns, values)
         if self.hidden is not None:
@@ -688,30 +701,46 @@ class HeadGradients:
             for ids, at, g in zip(*(x.split(ENTRY_ROWS) for x in (self.ids, columns, values)), strict=True):
                 self.weight.index_add_(0, at, _scaled(self._hidden_at(ids), g))
             return
-        self._add_rounded_once(self.weight, columns, values)
+        self._add_rounded_once(self.weight, own, values)
 
     def _add_rounded_once(self, weight: Tensor, columns: Tensor, values: Tensor) -> None:
-        """Entries into a weight narrower than fp32: a token's sum is made in fp32, over the steps of this walk, too."""
+        """Entries into a weight narrower than fp32, of each token once, with what the rounding of its slice left."""
         order = columns.argsort(stable=True)
         columns = columns[order]
         group = torch.zeros_like(columns)
         torch.cumsum(columns[1:] != columns[:-1], 0, out=group[1:])
         steps = list(zip(*(x.split(ENTRY_ROWS) for x in (order, columns, group)), strict=True))
-        begun = torch.zeros(
-            1, self.student.width, device=columns.device
-        )  # sum of a token that goes on in the next step
+        begun = torch.zeros(1, self.student.width, device=columns.device)  # of a token that goes on in the next step
         for i, (rows, at, groups) in enumerate(steps):
             slot = groups - groups[0]
-            token = torch.zeros_like(at).scatter_(0, slot, at)
+            token = torch.full_like(at, self.student.columns).scatter_(0, slot, at)
             total = torch.zeros(len(at), self.student.width, device=columns.device)
             total.index_add_(0, slot, _scaled(self._hidden_at(self.ids[rows]), values[rows]))
             total[:1] += begun
+            last, ready = slot[-1:], token < self.student.columns
             if i + 1 < len(steps):
-                last = total[slot[-1:]]
                 goes_on = steps[i + 1][2][0] == groups[-1]
-                begun = torch.where(goes_on, last, 0.0)
-                total.index_copy_(0, slot[-1:], torch.where(goes_on, 0.0, last))
-            weight.index_add_(0, token, total.to(weight.dtype))
+                begun = torch.where(goes_on, total[last], 0.0)
+                ready.index_copy_(0, last, ready[last] & ~goes_on)
+            if self.rest is not None:
+                total += torch.zeros_like(total).index_copy_(0, slot, self.rest[rows].float())
+            # where there is no token to write, one that is written, or token 0 as it is, is written again
+            some, pick = ready.any(), torch.where(ready, torch.arange(len(at), device=at.device), ready.long().argmax())
+            token = torch.where(some, token[pick], 0)
+            sums = weight[token].float() + torch.where(some, total[pick], 0.0)
+            weight.index_copy_(0, token, sums.to(weight.dtype))
+
+    def _keep_rest(self, exact: Tensor, rounded: Tensor) -> None:
+        """What rounding takes from the sums (C, H) of tokens that get an entry in the end."""
+        if self.sure is None or self.rest is None:
+            return
+        at = self.sure - self.student.first - self.v0
+        here = (at >= 0) & (at < len(exact))
+        rows = here.nonzero().squeeze(1) if here.device.type == "cpu" else torch.arange(len(at), device=at.device)
+        for some in rows.split(ENTRY_ROWS):
+            place = at[some].clamp(0, len(exact) - 1)
+            rest = torch.where(here[some].unsqueeze(1), exact[place] - rounded[place].float(), 0.0)
+            self.rest[some] += rest.to(self.rest.dtype)
 
     def _hidden_at(self, ids: Tensor) -> Tensor:
         """Hidden states (len(ids), H) as the products take them, in fp32."""
