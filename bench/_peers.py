@@ -6,8 +6,11 @@ mean over the tokens that it learns from. A peer that is not installed is said, 
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -136,6 +139,74 @@ def liger(chunk_size: int = 256) -> Step:
         labels = torch.zeros(p.hidden_s.shape[0], dtype=torch.int64, device=p.hidden_s.device)
         loss = function(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t, labels)
         loss = loss[0] if isinstance(loss, tuple) else loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def known_rows(p: Problem, keep: float) -> Tensor:
+    """(N,) bool: as many rows as keep says, by chance."""
+    n = p.hidden_s.shape[0]
+    return (torch.randperm(n, generator=torch.Generator().manual_seed(1)) < int(keep * n)).to(p.hidden_s.device)
+
+
+def ours_known(keep: float) -> Step:
+    """A mask known beforehand."""
+
+    def step(p: Problem) -> Tensor:
+        student, teacher = tip.Head(p.hidden_s, p.weight_s), tip.Head(p.hidden_t, p.weight_t)
+        out = tip.distill(student, teacher, select=tip.KeepAll(), row_mask=known_rows(p, keep).cpu())
+        out.loss.backward()
+        return out.loss.detach()
+
+    return step
+
+
+def unsloth(keep: float = 1.0) -> Step:
+    """unsloth-zoo's fused reverse KL, of all tokens or of a mask known beforehand; its file alone is loaded."""
+    found = importlib.util.find_spec("unsloth_zoo")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'unsloth_zoo'", name="unsloth_zoo")
+    file = Path(found.submodule_search_locations[0]) / "fused_losses" / "fused_linear.py"
+    spec = importlib.util.spec_from_file_location("unsloth_fused_linear", file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.get(spec.name) or importlib.util.module_from_spec(spec)
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+
+    def step(p: Problem) -> Tensor:
+        mask = None if keep == 1 else known_rows(p, keep)
+        loss = module.fused_linear_jsd(p.hidden_s, p.weight_s, p.hidden_t, p.weight_t, mask=mask, beta=1.0)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def labels_of(p: Problem) -> Tensor:
+    return torch.arange(p.hidden_s.shape[0], device=p.hidden_s.device) * 7919 % p.weight_s.shape[0]
+
+
+def ours_labels() -> Step:
+    """The cross-entropy of labels alone, which is forward KL from a teacher that is sure of them."""
+
+    def step(p: Problem) -> Tensor:
+        student, teacher = tip.Head(p.hidden_s, p.weight_s), tip.Head(p.hidden_t, p.weight_t)
+        out = tip.distill(student, teacher, select=tip.KeepAll(), labels=labels_of(p), ce_weight=1.0)
+        out.loss.backward()
+        return out.loss.detach()
+
+    return step
+
+
+def linear_cross_entropy() -> Step:
+    """torch's own, in chunks."""
+    from torch.nn.functional import linear_cross_entropy
+
+    def step(p: Problem) -> Tensor:
+        loss = linear_cross_entropy(p.hidden_s, p.weight_s, labels_of(p))
         loss.backward()
         return loss.detach()
 

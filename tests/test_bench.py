@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import _gpu_rows, _peers, _small, gpu
+from bench import _gpu_rows, _peers, _small, gpu, step
 from bench._meter import peak_above_mib
 
 ROOT = Path(__file__).parents[1]
@@ -292,3 +292,18 @@ def test_scale_fits_an_exponent_for_each_axis(tmp_path):
     assert [c["axis"] for c in curves] == ["tokens", "tokens", "vocabulary", "vocabulary"], run.stderr
     assert all(0.3 < c["exponent"] < 2 for c in curves)
     assert all(r["transient_mib"] < 64 + r["per_row_mib"] for c in curves for r in c["rows"])
+
+
+def test_a_step_is_timed_in_turns_with_another_commits_build(tmp_path, capsys):
+    """Here with the last commit's: the same losses and gradients, and no worktree is left behind."""
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a checkout")
+    file = tmp_path / "rows.json"
+    sizes = ["--tokens", "24", "--hidden", "8", "--vocab", "300", "--repeats", "2"]
+    assert step.main(["--against", "HEAD", *sizes, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["step"] for row in rows] == ["Soft-OR 0.2", "entropy 0.2", "all tokens", "0.2 known beforehand"]
+    assert all(row["before_ms"] > 0 and row["loss_gap"] < 1e-3 and row["gradient_gap"] < 1e-3 for row in rows)
+    assert capsys.readouterr().out.count("\n") == 5
+    listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "/tree " not in listed
