@@ -203,6 +203,64 @@ def test_the_loss_through_verl_is_the_mean_over_the_kept_response_tokens(verl, r
     assert sum(metrics[f"distillation/tip/q{i}_frac"] for i in (1, 2, 3, 4)) == pytest.approx(1)
 
 
+WEIGHED = {
+    "by position": (tip.weights.PositionDecay(2.0), tip.ReverseKL()),
+    "by entropy": (tip.weights.TeacherConfidence(), tip.ReverseKL()),
+    "gated": (None, tip.Gated({tip.ReverseKL(): 0.5, tip.JSD(): tip.weights.PositionDecay(2.0)})),
+    "both": (
+        lambda stats, row_mask, rollout_ids: stats.kl_rev * row_mask,
+        tip.Gated({tip.ReverseKL(): tip.weights.TeacherConfidence(), tip.ForwardKL(): 0.25}),
+    ),
+    "sampled": (tip.weights.PrefixDecay(2.0), tip.SampledReverseKL()),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHED)
+@pytest.mark.parametrize("normalizer", ["kept", "all"])
+def test_weights_and_gates_are_those_of_the_response_tokens(verl, normalizer, case):
+    student, data, teacher = batch(whole_teacher=True)
+    rows, rollouts = (torch.tensor(column) for column in zip(*response_rows(), strict=True))
+    tokens = torch.arange(student.shape[1]) * 7 % V
+    offsets = data["prompts"].offsets() + data["responses"].offsets()
+    data["input_ids"] = torch.nested.nested_tensor_from_jagged(tokens, offsets)
+    weigh, divergence = WEIGHED[case]
+    hook.register("tip", select=tip.SoftOr(0.6), divergence=divergence, normalizer=normalizer, row_weights=weigh)
+    loss, _ = through_verl(verl, student, data)
+    loss.backward()
+    z = student.detach()[0, rows].requires_grad_()
+    on = {"divergence": divergence, "rollout_ids": rollouts, "labels": tokens[rows + 1], "row_weights": weigh}
+    mask = torch.ones(len(rows), dtype=torch.bool)
+    out = tip.distill(z, teacher[rows], select=tip.SoftOr(0.6), normalizer=normalizer, row_mask=mask, **on)
+    out.loss.backward()
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+    gradient = torch.zeros_like(student).index_add_(1, rows, z.grad.unsqueeze(0))
+    torch.testing.assert_close(student.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_rules_own_weights_and_an_infinite_row_count_as_in_distill(verl):
+    student, data, teacher = batch(whole_teacher=True)
+    row, _ = response_rows()[1]
+    data["teacher_logits"].values()[row, 3] = -torch.inf
+    teacher[row, 3] = -torch.inf
+    rule = tip.EntropyGap(0.9, weighted=True)
+    hook.register("tip", select=rule)
+    with pytest.warns(RuntimeWarning, match="infinite loss or weight"):
+        loss, _ = through_verl(verl, student, data)
+    with pytest.warns(RuntimeWarning, match="infinite loss or weight"):
+        truth, _, _ = by_hand(student, teacher, rule, tip.ReverseKL())
+    assert int(truth.plan.dropped_rows) == 1 and loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
+
+
+def test_row_weights_that_are_none_are_refused(verl):
+    with pytest.raises(ValueError, match=r"^row_weights: expected a callable of statistics or None"):
+        hook.register("tip", row_weights=torch.ones(3))
+    weigh = tip.weights.PrefixDecay()
+    hook.register("tip", row_weights=weigh)
+    student, data, _ = batch(whole_teacher=True)
+    with pytest.raises(ValueError, match=r"^input_ids: expected the packed tokens in the batch"):
+        through_verl(verl, student, data)
+
+
 def test_without_scaling_the_loss_is_that_of_the_kept_over_all_tokens_and_may_be_clamped(verl):
     student, data, teacher = batch(whole_teacher=True)
     hook.register("tip", select=tip.SoftOr(0.4), normalizer="all")

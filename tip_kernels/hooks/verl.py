@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,13 @@ from tip_kernels.distillation.distill import Distilled, distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import Divergence, ReverseKL
+from tip_kernels.learn.gated import Gated, check_needs, readers_of
 from tip_kernels.select.quadrants import quadrants
 from tip_kernels.select.rule import Rule, SoftOr
 from tip_kernels.sources.topk import TopK
+from tip_kernels.stats import IGNORE_LABEL, LABEL_FIELDS
+
+Weigher = Callable[..., Tensor]  # of (stats, row_mask, rollout_ids)
 
 
 @renamed(row_mask="response_mask", student="student_logits", teacher="teacher_logits")
@@ -79,12 +84,14 @@ class SelectedTokens:
         divergence: The loss on a kept token.
         normalizer: "kept" or "all", as `register` says.
         workspace_mib: MiB that measuring and learning may each use beyond inputs and results.
+        row_weights: What weighs the tokens, as `register` says, or None.
     """
 
     select: Rule
     divergence: Divergence
     normalizer: str
     workspace_mib: float
+    row_weights: Weigher | None = None
 
     def of_logits(self, config: Any, distillation_config: Any, data: Any, student_logits: Tensor) -> dict[str, Tensor]:
         """Per packed token (1, tokens): the loss, 0 where it was not kept, and what the metrics are made of."""
@@ -93,24 +100,32 @@ class SelectedTokens:
         rows, mask, rollouts = _response_rows(data, logits.shape[0], logits.device)
         teacher = _teacher(data)
         with torch.no_grad():
-            options = {"select": self.select, "divergence": self.divergence, "workspace_mib": self.workspace_mib}
             out = distill(
                 logits,
                 teacher,
+                select=self.select,
+                divergence=self.divergence,
                 row_mask=mask.cpu(),
                 rollout_ids=rollouts,
+                labels=None if not self._reads_labels else _sampled(data, mask),
+                row_weights=self.row_weights,
+                workspace_mib=self.workspace_mib,
                 execution=Execution(full_stats=True),
-                **options,
             )
+            divergence = self.divergence
+            if isinstance(divergence, Gated):
+                divergence = divergence.at(out.stats, mask, rollouts)
+            weights = out.kept.mask.float() if out.kept._weights is None else out.kept._weights
+            if self.row_weights is not None:
+                weights = weights * self.row_weights(out.stats, mask, rollouts)
         kept = out.kept
         losses = divergence_loss(
-            logits, teacher, divergence=self.divergence, kept=kept, stats=out.stats, workspace_mib=self.workspace_mib
+            logits, teacher, divergence=divergence, kept=kept, stats=out.stats, workspace_mib=self.workspace_mib
         )
+        losses = losses * weights[kept.row_ids]
         losses = torch.where(losses.detach().isfinite(), losses, 0.0)  # as distill drops such rows
-        if kept.row_weights is not None:
-            losses = losses * kept.row_weights
         if self.normalizer == "kept":  # verl divides by all response tokens
-            losses = losses * (rows.numel() / max(kept.row_ids.numel(), 1))
+            losses = losses * (rows.numel() / torch.where(out.plan.weight > 0, out.plan.weight, 1.0))
         stats = {"tip_entropy": out.stats.entropy_s, "tip_kl_rev": out.stats.kl_rev}
         stats |= {"tip_kept": kept.mask.float(), "tip_quadrant": quadrants(out.stats, row_mask=mask).float()}
         found = {
@@ -118,6 +133,12 @@ class SelectedTokens:
         }
         found |= {name: torch.where(mask, value, 0.0) for name, value in stats.items()}
         return {name: value.unsqueeze(0) for name, value in found.items()}
+
+    @property
+    def _reads_labels(self) -> bool:
+        readers = (*readers_of(self.divergence), *([] if self.row_weights is None else [self.row_weights]))
+        needs = self.select.needs.union(self.divergence.needs, *(getattr(reader, "needs", ()) for reader in readers))
+        return bool(needs & LABEL_FIELDS)
 
     def __call__(
         self, config: Any, distillation_config: Any, model_output: dict, data: Any
@@ -141,6 +162,7 @@ def register(
     divergence: Divergence | None = None,
     normalizer: str = "kept",
     workspace_mib: float = 256,
+    row_weights: Weigher | None = None,
 ) -> SelectedTokens:
     """Adds a distillation loss to verl's registry, for `distillation.distillation_loss.loss_mode=NAME`.
 
@@ -157,6 +179,9 @@ def register(
             verl's mean over tokens is one over kept tokens; needs loss_max_clamp=null, since verl clamps after it.
             "all": no scaling.
         workspace_mib: MiB that measuring and learning may each use beyond inputs and results, at least 1.
+        row_weights: A callable `(stats, row_mask, rollout_ids) -> (N,)` such as those of tip_kernels.weights, of each
+            micro-batch; "kept" is then scaled by response tokens / the sum of the weights of kept tokens. What reads
+            log-probabilities takes the batch's input_ids for the sampled tokens.
 
     Returns:
         The loss that was registered.
@@ -169,11 +194,14 @@ def register(
     expect(isinstance(select, Rule), "select", "a selection rule such as tip_kernels.SoftOr(0.5)", select)
     expect(isinstance(divergence, Divergence), "divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
     expect(normalizer in ("kept", "all"), "normalizer", "'kept' or 'all'", normalizer)
+    if row_weights is not None:
+        expect(callable(row_weights), "row_weights", "a callable of statistics or None", row_weights)
+        check_needs("row_weights", row_weights)
     try:
         losses: Any = importlib.import_module("verl.trainer.distillation.losses")
     except ImportError as error:
         raise ImportError(f"tip_kernels.hooks.verl.register needs verl 0.9 or later: {error}") from error
-    loss = SelectedTokens(select, divergence, normalizer, workspace_mib)
+    loss = SelectedTokens(select, divergence, normalizer, workspace_mib, row_weights)
     losses.register_distillation_loss(losses.DistillationLossSettings(names=[name], use_topk=True))(loss)
     others = losses.compute_topk_loss
 
@@ -221,6 +249,15 @@ def _response_rows(data: Any, count: int, device: torch.device) -> tuple[Tensor,
     mask = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, rows, True)
     response = torch.arange(len(places), device=device).unsqueeze(1).expand_as(places)[trainable]
     return rows, mask, torch.zeros(count, dtype=torch.int64, device=device).index_copy(0, rows, response)
+
+
+def _sampled(data: Any, mask: Tensor) -> Tensor:
+    """(tokens,) the token that each row of the mask predicts, -100 in others."""
+    tokens = data.get("input_ids", None)
+    if tokens is None:
+        raise ValueError("input_ids: expected the packed tokens in the batch, since sampled tokens are read, got None")
+    following = tokens.values().to(mask.device).long().roll(-1)  # a response's last token predicts nothing of its own
+    return following.masked_fill(~mask, IGNORE_LABEL)
 
 
 def _teacher(data: Any) -> Tensor | TopK:

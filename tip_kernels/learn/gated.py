@@ -86,6 +86,21 @@ class Gated(Divergence):
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         return self._terms
 
+    def at(self, stats: TokenStats, row_mask: Tensor | None = None, rollout_ids: Tensor | None = None) -> Gated:
+        """The same with what its gates make of statistics: for divergence_loss, where rows are masked or of rollouts.
+
+        Args:
+            stats: TokenStats with every field that the gates need, (N,) each.
+            row_mask: bool (N,) or (B, T), True for trainable tokens.
+            rollout_ids: int64 (N,) or (B, T), the rollout of each row.
+
+        Raises:
+            ValueError: As a gate of statistics does.
+        """
+        with torch.no_grad():
+            made = {d: gate(stats, row_mask, rollout_ids) if callable(gate) else gate for d, gate in self.gates.items()}
+        return Gated(made, self.max_per_row)
+
     def clipped(self, max_per_row: float) -> Gated:
         return Gated(self.gates, finite_number("max_per_row", max_per_row, positive=True))
 
