@@ -46,7 +46,17 @@ def rollouts_of(count):
     return [addition.prompt_of(a, b) for a, b in pairs], completions
 
 
-def made(folder, kind=TIPDistillationTrainer, *, teacher=None, student=None, prompts=8, peft_config=None, **settings):
+def made(
+    folder,
+    kind=TIPDistillationTrainer,
+    *,
+    teacher=None,
+    student=None,
+    prompts=8,
+    peft_config=None,
+    loss=None,
+    **settings,
+):
     """A trainer of the packaged models whose completions are written, not sampled."""
     config = DistillationConfig if kind is DistillationTrainer else TIPDistillationConfig
     defaults = {
@@ -70,6 +80,7 @@ def made(folder, kind=TIPDistillationTrainer, *, teacher=None, student=None, pro
         eval_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=TOKENIZER,
         peft_config=peft_config,
+        **(loss or {}),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer._generate_single_turn = lambda prompt_ids, *_, **__: [completions[tuple(ids)] for ids in prompt_ids]

@@ -498,6 +498,17 @@ GATES = [
     ("backends/triton/row_grad.py", "-1 if term.gate is None else len(rows) + len(names) - 1", "-1 if term.gate is None else len(rows) - 1", GATED_TRITON),
 ]  # fmt: skip
 
+VERL, TRAINER = "test_hooks_verl.py", "test_hooks_trl.py -k weigh"
+HOOK_LOSSES = [
+    ("hooks/verl.py", "divergence = divergence.at(out.stats, mask, rollouts)", "divergence = divergence.at(out.stats)", VERL),
+    ("hooks/verl.py", "weights * self.row_weights(out.stats, mask, rollouts)", "weights * self.row_weights(out.stats, mask)", VERL),
+    ("hooks/verl.py", "following = tokens.values().to(mask.device).long().roll(-1)", "following = tokens.values().to(mask.device).long()", VERL),
+    ("hooks/verl.py", "rows.numel() / torch.where(out.plan.weight > 0, out.plan.weight, 1.0)", "rows.numel() / max(kept.row_ids.numel(), 1)", VERL),
+    ("hooks/trl.py", "weight = kept if weigh is None else out.plan.weight", "weight = kept", TRAINER),
+    ("hooks/trl.py", "self._row_weights if self.model.training else None", "self._row_weights", TRAINER),
+    ("hooks/trl.py", "needs = self._divergence.needs.union(*(getattr", "needs = self._divergence.needs.union(*() and (getattr", TRAINER),
+]  # fmt: skip
+
 RULES_OF_PAPERS = [
     ('return values["entropy_s"] - values["entropy_t"]', 'return values["entropy_t"] - values["entropy_s"]'),
     ("torch.sigmoid(self._scores(values, population))", "self._scores(values, population)"),
@@ -793,6 +804,7 @@ MUTANTS = [
     *(Mutant(one_of(row, "sources/topk.py", "measure/topk_teacher.py"), *row) for row in LISTS),
     *(Mutant(*row) for row in LEARNING),
     *(Mutant(*row) for row in GATES),
+    *(Mutant(*row) for row in HOOK_LOSSES),
     *(Mutant("distillation/one_sweep.py", *row, ONE) for row in SWEEP),
     *(Mutant(*row) for row in AROUND),
     *(Mutant(*row) for row in BORDERS),

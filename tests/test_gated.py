@@ -405,6 +405,18 @@ def test_divergence_loss_measures_all_rows_for_its_gates_and_takes_given_statist
     torch.testing.assert_close(tip.divergence_loss(s, t, divergence=by_place), right)
 
 
+def test_gates_of_masked_rows_and_rollouts_are_given_to_divergence_loss_as_numbers():
+    s, t, mask = normal(N, V, seed=1), normal(N, V, seed=2), torch.arange(N) % 7 != 3
+    divergence = tip.Gated({tip.JSD(): tip.weights.PositionDecay(2.0), tip.TVD(): 0.5}).clipped(0.2)
+    stats = tip.token_stats(s, t)
+    kept = tip.KeepAll()(stats, mask)
+    loss = tip.divergence_loss(s, t, divergence=divergence.at(stats, mask, ROLLOUTS), kept=kept, stats=stats)
+    out = tip.distill(
+        s, t, divergence=divergence, select=tip.KeepAll(), row_mask=mask, rollout_ids=ROLLOUTS, normalizer=1
+    )
+    torch.testing.assert_close(loss.sum(), out.loss)
+
+
 def test_a_divergence_made_elsewhere_is_gated_too():
     class Half(tip.TVD):
         def value(self, row):

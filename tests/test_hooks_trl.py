@@ -248,6 +248,86 @@ def test_accumulated_step_is_the_mean_over_all_kept_tokens(tmp_path, case):
     assert (step_of(trainer, before) - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+LOSSES = {  # the trainer's arguments, and a token's loss and weight of (kl_rev, kl_fwd, entropy of the student, place)
+    "weighed": (
+        {"row_weights": tip.weights.PositionDecay(4.0)},
+        lambda kl_rev, kl_fwd, entropy, place: (kl_rev, 0.5 ** (place / 4)),
+    ),
+    "gated": (
+        {"divergence": tip.Gated({tip.ReverseKL(): 0.5, tip.ForwardKL(): lambda stats, *_: stats.entropy_s > 0.1})},
+        lambda kl_rev, kl_fwd, entropy, place: (0.5 * kl_rev + (entropy > 0.1) * kl_fwd, torch.ones_like(entropy)),
+    ),
+    "both": (
+        {
+            "divergence": tip.Gated({tip.ForwardKL(): tip.weights.PositionDecay(4.0)}),
+            "row_weights": lambda stats, row_mask, rollout_ids: stats.kl_rev,
+        },
+        lambda kl_rev, kl_fwd, entropy, place: (0.5 ** (place / 4) * kl_fwd, kl_rev),
+    ),
+}
+
+
+@pytest.mark.parametrize("statistics", ["micro_batch", "step"])
+@pytest.mark.parametrize("case", LOSSES)
+def test_weighed_and_gated_steps_are_the_weighted_mean_over_all_kept_tokens(tmp_path, case, statistics):
+    given, formula = LOSSES[case]
+    settings = {"tip_rule": "divergence", "tip_keep": 0.3, "tip_statistics": statistics}
+    trainer = made(tmp_path, gradient_accumulation_steps=4, loss=given, **SGD, **settings)
+    before = weights_of(trainer)
+    trainer.train()
+    student, teacher = (copy.deepcopy(model).double() for model in (load("student"), load("teacher")))
+    total, weight, kept_rows, trainable = 0.0, 0.0, 0, 0
+    for batch in trainer._buffered_inputs:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        mask = batch["completion_mask"] != 0
+        log_s, log_t = (
+            model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1].log_softmax(-1)
+            for model in (student, teacher)
+        )
+        kl_rev, kl_fwd = (log_s.exp() * (log_s - log_t)).sum(-1), (log_t.exp() * (log_t - log_s)).sum(-1)
+        entropy = -(log_s.exp() * log_s).sum(-1).detach()
+        kept = largest(mask, kl_rev.detach(), kl_fwd.detach(), entropy)
+        losses, w = formula(kl_rev, kl_fwd, entropy, mask.cumsum(1) - 1)
+        total, weight = total + (w.detach() * losses)[kept].sum(), weight + w.detach()[kept].sum()
+        kept_rows, trainable = kept_rows + int(kept.sum()), trainable + int(mask.sum())
+    (total / weight).backward()
+    gradient = torch.cat([x.grad.flatten() for x in student.parameters()])
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx((total / weight).item(), rel=1e-5)
+    assert row["tip/divergence_kept"] == pytest.approx((total / weight).item(), rel=1e-5)
+    assert row["tip/kept_frac"] == pytest.approx(kept_rows / trainable)
+    assert (step_of(trainer, before) - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_weights_that_read_the_sampled_tokens_get_them_and_evaluation_is_not_weighed(tmp_path):
+    seen = []
+
+    def weigh(stats, row_mask, rollout_ids):
+        seen.append(stats)
+        return tip.weights.PrefixDecay()(stats, row_mask, rollout_ids)
+
+    weigh.needs = {"logp_s", "logp_t"}
+    plain, weighed = made(tmp_path, tip_rule="all"), made(tmp_path, tip_rule="all", loss={"row_weights": weigh})
+    right = plain.evaluate()["eval_loss"]
+    assert weighed.evaluate()["eval_loss"] == pytest.approx(right) and not seen
+    weighed.train()
+    ids = weighed._buffered_inputs[0]["completion_ids"]
+    mask = weighed._buffered_inputs[0]["completion_mask"] != 0
+    assert torch.equal(seen[0]._labels, ids.masked_fill(~mask, -100).flatten())
+
+
+def test_what_is_no_loss_and_no_weight_is_refused(tmp_path):
+    for loss, message in (
+        ({"row_weights": torch.ones(3)}, "^row_weights: expected a callable of statistics or None"),
+        ({"divergence": "jsd"}, "^divergence: expected a Divergence such as"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(tmp_path, loss=loss)
+    with pytest.raises(ValueError, match=r"^divergence: expected None beside tip_divergence and beta"):
+        made(tmp_path, loss={"divergence": tip.JSD()}, tip_divergence="jsd")
+
+
 def test_count_of_a_quota_rule_is_known_before_the_first_forward(tmp_path):
     for scope in ("rollout", "batch"):
         trainer = made(tmp_path, tip_rule="soft_or", tip_keep=0.3, tip_scope=scope, gradient_accumulation_steps=4)

@@ -20,6 +20,7 @@ backward, so there rules whose count is unknown are refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -36,13 +37,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportPrivateImportUsage]  (loaded when asked)
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from tip_kernels._checks import finite_number
+from tip_kernels._checks import expect, finite_number, refuse
 from tip_kernels.distillation import registry as names
 from tip_kernels.distillation.distill import distill
 from tip_kernels.distillation.options import Execution
 from tip_kernels.distillation.step_selection import StepSelection
 from tip_kernels.hooks.transformers import read, renamed
 from tip_kernels.learn.divergences import JSD, Divergence
+from tip_kernels.learn.gated import check_needs, readers_of
 from tip_kernels.select.adakd import AdaptiveFocus, TopHellinger, adakd
 from tip_kernels.select.quadrants import quadrants
 from tip_kernels.select.rule import KeepAll, QuotaRule, Rule, Threshold
@@ -248,6 +250,10 @@ class TIPDistillationTrainer(DistillationTrainer):
         teacher_model: The teacher, likewise.
         args: A TIPDistillationConfig; one of its defaults unless given.
         *rest: The stock trainer's.
+        divergence: The loss on a kept token, such as a Gated; as args say unless given.
+        row_weights: A callable `(stats, row_mask, rollout_ids) -> (N,)` such as those of tip_kernels.weights; the loss
+            of a step is then divided by the sum of the weights of its kept tokens. Evaluation is not weighed. It sees,
+            as a divergence's gates do, one micro-batch at a time, whatever tip_statistics says.
         **named: The stock trainer's.
 
     Raises:
@@ -264,7 +270,14 @@ class TIPDistillationTrainer(DistillationTrainer):
     _tag_names: list[str] = [*DistillationTrainer._tag_names, "tip"]  # noqa: RUF012  (TRL reads a list)
 
     def __init__(
-        self, model: Any, teacher_model: Any = None, args: TIPDistillationConfig | None = None, *rest, **named
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: TIPDistillationConfig | None = None,
+        *rest,
+        divergence: Divergence | None = None,
+        row_weights: Callable[..., Tensor] | None = None,
+        **named,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -276,7 +289,7 @@ class TIPDistillationTrainer(DistillationTrainer):
                 f"tip_kernels.hooks.trl is for TRL 1.16, whose trainer calls {LOSS_CALL}; this one does not"
             )
         self.focus = args.make_focus()
-        self._divergence = args.make_divergence()
+        self._divergence, self._row_weights = _checked_loss(args, divergence, row_weights), row_weights
         self._select: Rule | None = None  # of the current optimizer step
         self._sums: list[Tensor] = []  # of its micro-batches, on the device
         self._losses: list[Tensor] = []
@@ -292,13 +305,19 @@ class TIPDistillationTrainer(DistillationTrainer):
                 _check_place(name, given)
         super().__init__(model, teacher_model, args, *rest, **named)
         self._probe()
-        chosen_first = args.tip_statistics == "step"
-        if self.is_deepspeed_enabled and not (chosen_first or count_is_known(self.make_rule())):
+        divisor_is_known = args.tip_statistics == "step" or count_is_known(self.make_rule())
+        if row_weights is not None and (self.is_deepspeed_enabled or self._router is not None):
+            raise ValueError(
+                "row_weights: expected None with DeepSpeed, which steps inside backward, and with a student whose "
+                "experts have a loss of their own, since the sum of weights is known after it, "
+                f"got {type(row_weights).__name__}"
+            )
+        if self.is_deepspeed_enabled and not divisor_is_known:
             raise ValueError(
                 f"tip_rule: expected a rule whose count is known beforehand, since DeepSpeed steps inside backward, "
                 f"got {args.tip_rule!r}"
             )
-        if self._router is not None and not (chosen_first or count_is_known(self.make_rule())):
+        if self._router is not None and not divisor_is_known:
             raise ValueError(
                 "tip_rule: expected a rule whose count is known beforehand, or tip_statistics='step', since gradients "
                 f"of the student's experts' own loss cannot be scaled apart, got {args.tip_rule!r}"
@@ -469,7 +488,7 @@ class TIPDistillationTrainer(DistillationTrainer):
             teacher = head("teacher_lm_head", teacher_hidden_states, *weights_t, *scales_t)
             if self._measuring is not None:
                 self._measure(self._measuring, student, teacher, mask)
-                return hidden.new_zeros(()), hidden.new_zeros(8, dtype=torch.float64)
+                return hidden.new_zeros(()), hidden.new_zeros(9, dtype=torch.float64)
             return self._learn(student, teacher, mask, inputs, temperature)
 
         leaves = student_hidden_states, *weights_s
@@ -482,8 +501,8 @@ class TIPDistillationTrainer(DistillationTrainer):
             total, sums = _AtOnce.apply(learn, *leaves) if at_once else learn(*leaves)
         count_trainable, count_kept = sums[:2]
         if self._measuring is None:
-            self._sums.append(sums[:7])
-        entropy_sum = sums[7]
+            self._sums.append(sums[:8])
+        entropy_sum = sums[8]
         divisor = count_kept.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = (total / divisor).float()
         if self._heads and self._router is not None and self._measuring is None:
@@ -495,8 +514,8 @@ class TIPDistillationTrainer(DistillationTrainer):
     def _learn(
         self, student: Head, teacher: Head, mask: Tensor, inputs: dict[str, Any], temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the kept tokens' losses, with its gradient, and (8,) float64 sums over the trainable tokens: one
-        each, kept, that loss, the four quadrants, the student's entropy."""
+        """The sum of the kept tokens' losses, with its gradient, and (9,) float64 sums over the trainable tokens: one
+        each, kept, that loss, the four quadrants, what the kept weigh, the student's entropy."""
         rows = mask.cpu()  # there, rows that are masked are left out of every sweep
         choice: dict[str, Any] = {"select": self._select, "row_mask": rows, "temperature": temperature}
         stats = inputs.get("tip_stats")  # of every token, where the step has been measured
@@ -506,13 +525,10 @@ class TIPDistillationTrainer(DistillationTrainer):
             choice = inputs["tip_part"]
         elif self.focus:
             choice = self._adakd(temperature, row_mask=rows, scope=self.args.tip_scope)
-        choice = {**choice, "normalizer": 1}
+        weigh = self._row_weights if self.model.training else None
+        choice = {**choice, "normalizer": 1, "row_weights": weigh}
         shows_quadrants = self.args.tip_quadrants
-        labels = (
-            inputs["completion_ids"].to(mask.device).masked_fill(~mask, -100)
-            if self._divergence.needs & LABEL_FIELDS
-            else None
-        )
+        labels = inputs["completion_ids"].to(mask.device).masked_fill(~mask, -100) if self._reads_labels else None
         out = distill(
             student,
             teacher,
@@ -529,8 +545,15 @@ class TIPDistillationTrainer(DistillationTrainer):
             quadrant = quadrants(stats, row_mask=flat) if shows_quadrants else torch.zeros_like(flat)
             shares = [(quadrant == i).sum() for i in (1, 2, 3, 4)]
             entropies = torch.where(flat, stats.entropy_s, 0.0).sum()
-            sums = [flat.sum(), kept, out.loss.detach(), *shares, entropies]
+            weight = kept if weigh is None else out.plan.weight
+            sums = [flat.sum(), kept, out.loss.detach(), *shares, weight, entropies]
             return out.loss, torch.stack([value.double() for value in sums])
+
+    @property
+    def _reads_labels(self) -> bool:
+        readers = [*readers_of(self._divergence), *([] if self._row_weights is None else [self._row_weights])]
+        needs = self._divergence.needs.union(*(getattr(reader, "needs", ()) for reader in readers))
+        return bool(needs & LABEL_FIELDS)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -544,7 +567,7 @@ class TIPDistillationTrainer(DistillationTrainer):
 
     def _finish_step(self, model: torch.nn.Module) -> float:
         """Makes the gradients those of the mean over the tokens kept in this step, and returns what that took."""
-        _, kept, total = self._log_sums("train")[:3]
+        _, _, total, *_, kept = self._log_sums("train")  # of weighed tokens what they weigh
         divided_by = max(float(self._buffered_inputs[0]["num_items_in_batch"]), 1.0)
         if self.focus and kept:
             self.focus.update(total / kept)
@@ -572,12 +595,12 @@ class TIPDistillationTrainer(DistillationTrainer):
         """Logs what the micro-batches of a step summed up over all ranks, and returns it. Synchronises."""
         sums = self._reduced(torch.stack(self._sums).sum(0), "sum").tolist()
         self._sums = []
-        trainable, kept, total, *quadrants = sums
+        trainable, kept, total, *quadrants, weight = sums
         metrics = {"kept_frac": kept / max(trainable, 1)}
         if self.args.tip_quadrants:
             metrics |= {f"q{i}_frac": count / max(trainable, 1) for i, count in enumerate(quadrants, start=1)}
-        if kept:
-            metrics["divergence_kept"] = total / kept
+        if weight:
+            metrics["divergence_kept"] = total / weight
         if self.focus and mode == "train":
             metrics["keep"] = self.focus.keep
         if self._routers:
@@ -592,6 +615,20 @@ class TIPDistillationTrainer(DistillationTrainer):
         if norm is not None:
             self._metrics["train"]["tip/grad_norm"].append(float(norm))
         return norm
+
+
+def _checked_loss(args: TIPDistillationConfig, divergence: Divergence | None, row_weights: Any) -> Divergence:
+    """The divergence, and a ValueError for what is none or what are no weights."""
+    if row_weights is not None:
+        expect(callable(row_weights), "row_weights", "a callable of statistics or None", row_weights)
+        check_needs("row_weights", row_weights)
+    if divergence is None:
+        return args.make_divergence()
+    if not isinstance(divergence, Divergence):
+        refuse("divergence", "a Divergence such as tip_kernels.ReverseKL()", divergence)
+    ok = args.tip_divergence is None and args.beta == 1.0
+    expect(ok, "divergence", "None beside tip_divergence and beta, whose place it takes", divergence)
+    return divergence
 
 
 def _check_place(name: str, model: Any) -> None:
