@@ -305,6 +305,11 @@ class TIPDistillationTrainer(DistillationTrainer):
                 _check_place(name, given)
         super().__init__(model, teacher_model, args, *rest, **named)
         self._probe()
+        self._check_divisor()
+
+    def _check_divisor(self) -> None:
+        """Refuses losses whose divisor is known too late for what steps or adds gradients before."""
+        args, row_weights = self.args, self._row_weights
         divisor_is_known = args.tip_statistics == "step" or count_is_known(self.make_rule())
         if row_weights is not None and (self.is_deepspeed_enabled or self._router is not None):
             raise ValueError(
