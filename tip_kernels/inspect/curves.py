@@ -153,7 +153,11 @@ def _label(run: Run, differing: list[str]) -> str:
 
 def _said(name: str, value: object) -> str:
     """A setting and its value; a path by its last part."""
-    text = Path(value).name if name in ("teacher", "student", "task") and isinstance(value, str) else str(value)
+    text = (
+        Path(value).name
+        if name in ("teacher", "student", "task", "eval_task") and isinstance(value, str)
+        else str(value)
+    )
     return text if name in SAYS_ENOUGH else f"{name.replace('_', ' ')} {text}"
 
 
@@ -225,7 +229,12 @@ def report(run: Run, summary: dict, tokens: bool = False) -> dict:
     panels.append(_histograms(run))
     tiles = [_tile("KL(student ‖ teacher), nats a token", short, summary["start_kl"], summary["end_kl"])]
     if summary["end_accuracy"] is not None:
-        tiles.insert(0, _tile("accuracy, greedy", percent, summary["start_accuracy"], summary["end_accuracy"]))
+        tiles.insert(
+            0,
+            _tile(
+                f"{scored(summary)}, {decoding(summary)}", percent, summary["start_accuracy"], summary["end_accuracy"]
+            ),
+        )
     tiles += [
         {"label": "tokens kept", "value": percent(summary["kept_share"])},
         {"label": "time", "value": f"{summary['seconds']:.0f} s"},
@@ -243,6 +252,19 @@ def report(run: Run, summary: dict, tokens: bool = False) -> dict:
         "tables": [],
         "panels": [panel for panel in panels if panel],
     }
+
+
+def scored(summary: dict) -> str:
+    """What the mean score of a run is called: of its judge, over how many answers to a prompt."""
+    judge, samples = summary.get("judge"), summary.get("eval_samples", 1)
+    name = "accuracy" if judge in (None, "exact", "boxed") else f"mean {judge}"
+    return name if samples == 1 else f"{name}, mean@{samples}"
+
+
+def decoding(summary: dict) -> str:
+    """How a run's answers were drawn."""
+    temperature = summary.get("eval_temperature")
+    return f"temperature {temperature:g}" if temperature else "greedy decoding"
 
 
 def _tile(label: str, form, before: float | None, value: float | None) -> dict:

@@ -29,6 +29,7 @@ HELD_OUT = 4096  # prompts that no training ever sees; a run is evaluated on the
 HELD_OUT_SEED = 20260414
 LONGEST = 42  # characters of the longest completion
 
+_PROMPT = re.compile(r"(\d{3})\+(\d{3})=")
 _LINE = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)([a-h]{3});")
 
 
@@ -39,10 +40,15 @@ def prompt_of(a: int, b: int) -> str:
 
 def operands(prompt: str) -> tuple[int, int]:
     """The two numbers of a prompt; ValueError where it is none."""
-    found = re.fullmatch(r"(\d{3})\+(\d{3})=", prompt)
+    found = _PROMPT.fullmatch(prompt)
     if not found:
         raise ValueError(f"prompt: expected like '864+394=', got {prompt!r}")
     return int(found[1]), int(found[2])
+
+
+def is_prompt(text: str) -> bool:
+    """Whether `operands` reads it."""
+    return _PROMPT.fullmatch(text) is not None
 
 
 def columns(a: int, b: int) -> list[tuple[int, int]]:

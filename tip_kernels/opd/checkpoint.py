@@ -104,8 +104,9 @@ def stored_settings(folder: Path, argument: str = "--resume") -> dict:
 def resumed_settings(folder: Path, given: dict, argument: str = "--resume") -> Settings:
     """The stored settings with what may change replaced; `given` holds the options that the user typed."""
     stored = asdict(Settings()) | stored_settings(folder, argument)  # an earlier version's run lacks newer settings
+    fixed = ("steps",) if stored["schedule"] == "cosine" else ()  # its learning rates follow from their number
     for name, value in given.items():
-        if name not in MAY_CHANGE and stored[name] != value:
+        if (name in fixed or name not in MAY_CHANGE) and stored[name] != value:
             option = name.replace("_", "-")
             raise UsageError(
                 f"argument --{option}: expected {stored[name]!r}, as the run to resume has it, got {value!r}"

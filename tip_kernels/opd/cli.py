@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "jinja2", "matplotlib")
 NOT_SETTINGS = ("output", "resume", "overwrite", "json", "quiet", "retrain", "model", "no_report", "tracker", "timeout")
+PATHS = ("teacher", "student", "task", "eval_task")  # options that may be one
 LUCK = 0.05  # of nonsense answers that may be right: someone's answer may be "?"
 
 
@@ -82,6 +83,13 @@ def check_readers(settings: Settings) -> None:
             raise UsageError(f"argument --{name.replace('_', '-')}: expected none beside {other}, got {value!r}")
 
 
+def check_evaluation(settings: Settings) -> None:
+    """Greedy answers to a prompt are one and the same."""
+    if settings.eval_samples > 1 and not settings.eval_temperature:
+        wanted = "expected 1 beside --eval-temperature 0, which is greedy"
+        raise UsageError(f"argument --eval-samples: {wanted}, got {settings.eval_samples}")
+
+
 def check_teacher(settings: Settings) -> None:
     """A teacher of K tokens has neither temperatures nor the log-probability of every sampled token."""
     if not settings.teacher_topk:
@@ -109,13 +117,13 @@ def settings_of(options: dict, claim: Claim) -> tuple[Settings, Path | None]:
         claim.take()
     given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
     check_preset(given, checkpoint.stored_settings(folder) if options.get("resume") else {})
-    for name in ("teacher", "student", "task"):  # a run must find its files again from another folder
+    for name in PATHS:  # a run must find its files again from another folder
         if name in given and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
     chosen = MODELS.get(options.get("model") or "", {})
     if not options.get("resume"):
         checkpoint.check_output(folder, options.get("overwrite", False))
-        for name in ("teacher", "student", "task"):
+        for name in PATHS:
             if folder.resolve() in Path(given.get(name, "packaged")).parents:
                 raise UsageError(f"argument --output: expected a folder without the {name} in it, got {str(folder)!r}")
         return Settings(**(chosen | given)), None
@@ -136,16 +144,18 @@ def warn_of_judge(task: Task) -> None:
     """Before a run, of a task that takes anything for an answer. Warnings are said under --quiet, too."""
     lucky = task.nonsense_right()
     if lucky > LUCK:
-        line = f"{task.name} counts {100 * lucky:.0f} % of nonsense answers as right, so accuracy on it says little"
+        line = (
+            f"{task.judged_on} counts {100 * lucky:.0f} % of nonsense answers as right, so accuracy on it says little"
+        )
         print(f"tip-kernels opd: warning: {line}", file=sys.stderr, flush=True)
 
 
-def warn_of_errors(task: Task, count: int) -> None:
-    """After a run, of `count` answers at its last evaluation that the task's own scoring could not take."""
+def warn_of_errors(task: Task, count: int, samples: int = 1) -> None:
+    """After a run, of `count` answers at its last evaluation that the judge could not take."""
     if count:
         kinds = f" ({', '.join(sorted(task.errors))})" if task.errors else ""
-        judged = f"{count} of the last {len(task.held_out)} answers"
-        line = f"{task.name} raised an error{kinds} on {judged}, which count as wrong"
+        judged = f"{count} of the last {samples * len(task.held_out)} answers"
+        line = f"{task.judged_on} raised an error{kinds} on {judged}, which count as wrong"
         print(f"tip-kernels opd: warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -170,10 +180,10 @@ def load(settings: Settings, resumed: Path | None, device: torch.device, ranks: 
     from tip_kernels.opd import checkpoint
     from tip_kernels.opd.origin import origin_of, source_of
     from tip_kernels.opd.pair import load_pair
-    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.task import task_of
     from tip_kernels.opd.train import Loop
 
-    task = ranks.each(lambda: load_task(settings.task, settings.eval_prompts))
+    task = ranks.each(lambda: task_of(settings))
     origin = ranks.each(lambda: origin_of(settings, task))
     first = ranks.decided(lambda: origin)
     ranks.each(lambda: checkpoint.check_same(origin, first, f"process {ranks.rank}"))
@@ -199,6 +209,7 @@ def run_claimed(options: dict, ranks: Ranks, claim: Claim) -> int:
     settings, resumed = ranks.decided(lambda: settings_of(options, claim))
     check_readers(settings)
     check_teacher(settings)
+    check_evaluation(settings)
     trackers.check(options.get("tracker"))
     device = ranks.device if ranks.count > 1 else pick_device(settings.device)
     if any(smollm2.layers_of(name) is not None for name in (settings.teacher, settings.student)):
@@ -238,7 +249,7 @@ def run_claimed(options: dict, ranks: Ranks, claim: Claim) -> int:
         going = True
         if not resumed:
             where = f"{ranks.count} x {device.type}" if ranks.count > 1 else device
-            progress.say(f"{task.name}: {len(task.held_out)} held-out prompts, {settings.steps} steps on {where}")
+            progress.say(f"{task.said()}, {settings.steps} steps on {where}")
             going = after_step({"step": 0} | loop.evaluate())
         if going:
             loop.train(after_step)
@@ -255,7 +266,7 @@ def end(options: dict, loop: Loop, folder: Path, seconds: float) -> int:
     """What a run leaves and says at its end; returns the exit code."""
     from tip_kernels.opd import checkpoint, report
 
-    warn_of_errors(loop.task, loop.counters.judge_errors)
+    warn_of_errors(loop.task, loop.counters.judge_errors, loop.settings.eval_samples)
     checkpoint.finish(folder, loop)
     result = report.summary(loop.counters, loop.settings, loop.device, folder, seconds)
     checkpoint.write_json(folder / "summary.json", result)
@@ -263,7 +274,7 @@ def end(options: dict, loop: Loop, folder: Path, seconds: float) -> int:
     if pages:
         report.write_pages(folder, result)
     if not options.get("quiet"):
-        report.print_table(result, loop.task.name, len(loop.task.held_out), pages)
+        report.print_table(result, loop.task.judged_on, len(loop.task.held_out), pages)
     if options.get("json"):
         print(json.dumps(checkpoint.finite(result)), flush=True)
     return 0

@@ -184,13 +184,13 @@ def _of_run(folder: Path, options: dict, files: list[Path], say: Callable[[str],
     from tip_kernels.inspect.tokens import TokenTable
     from tip_kernels.opd import checkpoint
     from tip_kernels.opd.origin import origin_of
-    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.task import task_of
 
     if not (folder / "run.json").is_file():
         raise UsageError(f"argument FILE: expected the folder of a run, got {str(folder)!r} without run.json")
     settings = checkpoint.resumed_settings(folder, {}, "FILE")
     newest = checkpoint.latest(folder, "FILE")
-    origin = origin_of(settings, load_task(settings.task, settings.eval_prompts))
+    origin = origin_of(settings, task_of(settings))
     focus = checkpoint.check(newest, origin, "FILE").focus
     tables = [
         _observe(settings, options, None, "before training", say),
@@ -220,7 +220,7 @@ def _observe(
     from tip_kernels.opd.observe import observe
     from tip_kernels.opd.origin import source_of
     from tip_kernels.opd.pair import load_pair
-    from tip_kernels.opd.task import load_task
+    from tip_kernels.opd.task import task_of
     from tip_kernels.opd.train import Loop
 
     changes = {name: options[name] for name in MODEL_OPTIONS if name in options and name != "prompts"}
@@ -230,7 +230,7 @@ def _observe(
         changes["preset"] = None
     settings = replace(settings, **changes)
     device = pick_device(settings.device)
-    task = load_task(settings.task, settings.eval_prompts)
+    task = task_of(settings)
     pair = load_pair(source_of(settings, "teacher"), source_of(settings, "student"), device, student)
     loop = Loop(settings, pair, task, device)
     if loop.focus and focus:
@@ -239,7 +239,7 @@ def _observe(
     table = observe(loop, prompts, group, lambda done: say(f"{group or 'rollouts'}: {done} of {prompts}"))
     teacher = f"{_short(settings.teacher)}, top {settings.teacher_topk}" if settings.teacher_topk else None
     table.about = {
-        "task": _short(settings.task),
+        "task": _short(settings.eval_task or settings.task),
         "rule": settings.preset or f"{settings.rule}, keep {settings.keep:g}",
         "temperature": f"{settings.temperature:g}",
         "student": _short(settings.student),

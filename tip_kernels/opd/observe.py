@@ -8,9 +8,11 @@ import torch
 
 from tip_kernels.inspect.tokens import TokenTable, table_of
 from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.opd.data import text_of
 from tip_kernels.opd.train import Loop, response_head
 
 TOP_K = 5
+WHOLE: dict[float | None, bool] = {0.0: False, 1.0: True}  # scores that say right or wrong; others are in between
 
 
 @torch.no_grad()
@@ -23,16 +25,17 @@ def observe(loop: Loop, prompts: int, group: str | None, said: Callable[[int], N
     tables = []
     for first in range(0, prompts, settings.batch):
         encoded = loop.held_out[first : min(first + settings.batch, prompts)]
-        rollouts = loop.complete(encoded, loop.seed(f"inspect {first}"))
+        rollouts = loop.complete(encoded, loop.seed(f"inspect {first}"), longest=loop.eval_max_new_tokens)
         student = response_head(loop.pair.student, rollouts)
         teacher = loop.teacher(rollouts)
         labels = torch.where(rollouts.mask, rollouts.completions, -100)
         stats = token_stats(student, teacher, labels=labels, workspace_mib=settings.workspace_mib)
         kept = loop.choice(rollouts.mask)["select"](stats, rollouts.mask)
-        right = loop.judge(rollouts, range(first, first + len(encoded))) if task.judge else [None] * len(encoded)
+        indices = range(first, first + len(encoded))
+        scores = loop.judge(rollouts, indices) if task.judge else [None] * len(encoded)
         facts = [
-            {"prompt": task.held_out[first + i], "group": group, "right": right[i], "ended": bool(rollouts.ended[i])}
-            for i in range(len(encoded))
+            {"prompt": text_of(task.held_out[i]), "group": group, "right": WHOLE.get(score), "ended": bool(ended)}
+            for i, score, ended in zip(indices, scores, rollouts.ended, strict=True)
         ]
         tables.append(
             table_of(

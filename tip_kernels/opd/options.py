@@ -10,6 +10,7 @@ from typing import TypeVar
 from tip_kernels.distillation import registry as names
 from tip_kernels.distillation.registry import CLASSES, DIVERGENCES, RULES
 from tip_kernels.inspect.usage import Parser
+from tip_kernels.opd.judges import JUDGES
 from tip_kernels.opd.settings import MODELS, PRESETS, Settings
 
 Value = TypeVar("Value")
@@ -99,7 +100,7 @@ def parser() -> Parser:
     option(g, "--teacher", str, "checkpoint folder (transformers, safetensors), or smollm2", "FOLDER")
     text = "checkpoint folder of the same vocabulary, which is not written to, or smollm2:15 for so many layers"
     option(g, "--student", str, text, "FOLDER")
-    files = "a file of prompts (text: one a line; .jsonl: prompt and maybe answer)"
+    files = "a file of prompts (text: one a line; .jsonl, .parquet: prompt, which may be messages, and maybe answer)"
     option(g, "--task", str, f"addition, {files}, or reasoning_gym:NAME", "TASK")
     text = "learn from the teacher's N likeliest tokens at each place, as engines list them, the others as one bucket"
     option(g, "--teacher-topk", whole(1), text, "N")
@@ -143,6 +144,9 @@ def parser() -> Parser:
     option(g, "--micro-batch", whole(1), text, "N")
     option(g, "--lr", positive, "learning rate of AdamW", "RATE")
     option(g, "--warmup", whole(0), "steps over which the learning rate rises to --lr", "N")
+    text = "constant, or after that down to 0 at the last of --steps, as half a cosine"
+    option(g, "--schedule", str, text, choices=("constant", "cosine"))
+    option(g, "--weight-decay", least_zero, "of AdamW, decoupled, on every weight", "RATE")
     option(g, "--rollouts-per-prompt", whole(1), "completions of each prompt that a step learns from", "N")
     option(g, "--temperature", positive, "of the rollouts; 1 is on-policy", "T")
     option(g, "--top-p", share, "draw each token among the likeliest that have this probability together", "P")
@@ -158,7 +162,15 @@ def parser() -> Parser:
     option(g, "--workspace-mib", positive, "memory that measuring and learning may use for logits", "MIB")
 
     g = p.add_argument_group("evaluation and output")
-    option(g, "--eval-prompts", whole(1), "held-out prompts; default 512, or a fifth of a shorter list", "N")
+    text = "judge on this task, as --task names them, whose prompts are then not trained on; default: held-out prompts "
+    option(g, "--eval-task", str, text + "of --task", "TASK")
+    text = "exact; boxed: the last \\boxed{} as mathematics (math-verify); rouge_l (rouge-score); reasoning_gym: parts "
+    text += "of 1, too; default: the task's own, which of a file takes what follows the last > as well"
+    option(g, "--judge", str, text, choices=tuple(JUDGES))
+    text = "prompts to judge on; default 512, or a fifth of a shorter list, and all of a file that --eval-task names"
+    option(g, "--eval-prompts", whole(1), text, "N")
+    option(g, "--eval-samples", whole(1), "answers to each, whose mean score counts (mean@N)", "N")
+    option(g, "--eval-temperature", least_zero, "of these answers, drawn among all tokens; 0 is greedy", "T")
     option(g, "--eval-every", whole(1), "steps between evaluations, each followed by a checkpoint", "N")
     g.add_argument("--output", metavar="FOLDER", help="where the run goes: log, checkpoint, student (default runs/opd)")
     g.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")

@@ -27,16 +27,17 @@ def origin_of(settings: Settings, task: Task) -> dict[str, dict]:
     """{"settings": those that cannot change, "sha256": of task, teacher and student}."""
     sources = {role: source_of(settings, role) for role in ("teacher", "student")}
     lasting = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
-    sums = {"task": _of_task(settings.task, task)} | {role: _of_model(role, of) for role, of in sources.items()}
+    sums = {"task": _of_task(settings, task)} | {role: _of_model(role, of) for role, of in sources.items()}
     return {"settings": lasting, "sha256": sums}
 
 
-def _of_task(name: str, task: Task) -> str:
-    """Of the file, where the task is one, and of the prompts."""
-    path = Path(name)
-    prompts = json.dumps([task.held_out, task.listed])
-    with reading(path, "--task"):
-        answers = sha256_of(path) if path.is_file() else ""
+def _of_task(settings: Settings, task: Task) -> str:
+    """Of the files, where tasks are ones, and of the prompts."""
+    prompts, answers = json.dumps([task.held_out, task.listed]), ""
+    for option, name in (("--task", settings.task), ("--eval-task", settings.eval_task)):
+        path = Path(name or "")
+        with reading(path, option):
+            answers += sha256_of(path) if path.is_file() else ""
     return hashlib.sha256((answers + prompts).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from tip_kernels._checks import not_none
 from tip_kernels.hooks.transformers import head_of
 from tip_kernels.inspect.usage import UsageError
 from tip_kernels.opd import smollm2, weights
+from tip_kernels.opd.data import Prompt
 from tip_kernels.opd.rollout import sample
 from tip_kernels.sources.pair import Head
 
@@ -61,15 +62,25 @@ class Pair:
     pad_id: int
     longest: int  # positions that both models have
 
-    def encode(self, prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
-        """Token ids of each prompt; a prompt that the vocabulary cannot write is an error."""
+    def encode(self, prompts: Sequence[Prompt], chat: bool = False) -> list[list[int]]:
+        """Token ids of each prompt; a prompt that the vocabulary cannot write is an error.
+
+        Messages, and with `chat` texts, too, are wrapped in the tokenizer's chat template.
+        """
         encoded = []
         for prompt in prompts:
+            turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if chat else None
+            if turns and not self.tokenizer.chat_template:
+                option = "--chat" if isinstance(prompt, str) else "--task"
+                raise UsageError(
+                    f"argument {option}: expected a tokenizer with a chat template beside prompts that need one,"
+                    f" got none in the student's files and {prompt!r}"
+                )
             try:
-                if chat:
-                    turns = [{"role": "user", "content": prompt}]
-                    prompt = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-                ids = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+                text = prompt
+                if turns:
+                    text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                ids = self.tokenizer(str(text), add_special_tokens=not turns)["input_ids"]
             except Exception as error:  # tokenizers raises bare Exceptions
                 raise UsageError(
                     f"argument --task: expected prompts that the vocabulary can write, got {prompt!r} ({error})"

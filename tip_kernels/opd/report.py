@@ -144,10 +144,16 @@ def summary(counters: Counters, settings: Settings, device: torch.device, output
     peak = peak_mib(device)
     return {
         "start_accuracy": counters.start_accuracy,
+        "start_accuracy_se": counters.start_accuracy_se,
         "end_accuracy": counters.end_accuracy,
+        "end_accuracy_se": counters.end_accuracy_se,
         "start_kl": counters.start_kl,
         "end_kl": counters.end_kl,
         "judge_errors": counters.judge_errors,
+        "eval_task": settings.eval_task,
+        "judge": settings.judge,
+        "eval_samples": settings.eval_samples,
+        "eval_temperature": settings.eval_temperature,
         "kept_share": counters.kept / counters.rows if counters.rows else None,
         "steps": counters.step,
         "skipped_steps": counters.skipped,
@@ -180,12 +186,16 @@ def write_pages(folder: Path, result: dict) -> None:
 
 def print_table(result: dict, task: str, prompts: int, pages: str) -> None:
     """Start and end side by side."""
-    table = Table(title=f"{task}: {prompts} held-out prompts, greedy decoding", title_justify="left")
+    from tip_kernels.inspect.curves import decoding, scored
+
+    table = Table(title=f"{task}: {prompts} held-out prompts, {decoding(result)}", title_justify="left")
     table.add_column("", justify="left")
     table.add_column("start", justify="right")
     table.add_column("end", justify="right")
     if result["end_accuracy"] is not None:
-        table.add_row("accuracy", _percent(result["start_accuracy"]), _percent(result["end_accuracy"]))
+        table.add_row(scored(result), _percent(result["start_accuracy"]), _percent(result["end_accuracy"]))
+        errors = (result[f"{end}_accuracy_se"] for end in ("start", "end"))
+        table.add_row("its standard error over prompts", *map(_percent, errors))
     table.add_row("KL(student || teacher), nats a token", _number(result["start_kl"]), _number(result["end_kl"]))
     console = Console(soft_wrap=True)
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,8 @@ class Settings:
     micro_batch: int | None = None  # rollouts a forward; None: all of a process
     lr: float = 1e-3
     warmup: int = 5
+    schedule: str = "constant"
+    weight_decay: float = 0.0
     seed: int = 0
     device: str = "auto"
     threads: int | None = None  # None: one where both models are small, else as torch chose
@@ -69,9 +72,20 @@ class Settings:
     top_k: int = 0
     rollouts_per_prompt: int = 1
     max_new_tokens: int | None = None  # None: as the task says
-    eval_prompts: int | None = None  # None: 512, or a fifth of a shorter list
+    eval_task: str | None = None  # None: held-out prompts of task
+    judge: str | None = None  # None: the task's own
+    eval_prompts: int | None = None  # None: 512, or a fifth of a shorter list; of eval_task every row of a file
+    eval_samples: int = 1
+    eval_temperature: float = 0.0
     eval_every: int = 10
     workspace_mib: float = 256.0
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the optimizer step after `step` of them: up to lr, and with "cosine" down towards 0."""
+        lr = self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
+        if self.schedule == "constant" or step < self.warmup:
+            return lr
+        return lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1)))
 
     def make_rule(self, generator: torch.Generator) -> Rule:
         """The selection rule, which draws from `generator` where it draws at all."""

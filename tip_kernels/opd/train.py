@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from tip_kernels.distillation.registry import divergence_of
 from tip_kernels.distillation.step_selection import StepSelection
 from tip_kernels.inspect.usage import UsageError
 from tip_kernels.measure.token_stats import token_stats
+from tip_kernels.opd.data import key_of
+from tip_kernels.opd.judges import standard_error
 from tip_kernels.opd.pair import Pair, Side
 from tip_kernels.opd.ranks import Ranks
 from tip_kernels.opd.rollout import Rollouts, sample
@@ -58,8 +60,10 @@ class Counters:
     kept: int = 0
     seconds: float = 0.0
     start_accuracy: float | None = None
+    start_accuracy_se: float | None = None
     start_kl: float | None = None
     end_accuracy: float | None = None
+    end_accuracy_se: float | None = None
     end_kl: float | None = None
     judge_errors: int = 0  # answers of the last evaluation that the task's own judge raised an error on
     focus: dict | None = None  # state_dict of AdaKD's focus after its last loss
@@ -83,7 +87,9 @@ class Loop:
         if self.ranks.count > 1:
             self.student = replace(pair.student, model=torch.nn.parallel.DistributedDataParallel(pair.student.model))
         self.weights = [weight for weight in pair.student.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        )
         self.divergence, self.focus = divergence_of(settings.divergence), settings.make_focus()
         tokens = pair.teacher.tokens
         if settings.teacher_topk and settings.teacher_topk > tokens:
@@ -92,17 +98,24 @@ class Loop:
             )
         self.held_out = pair.encode(task.held_out, settings.chat)
         listed = pair.encode(task.listed, settings.chat)  # an unusable prompt is an error now, not in mid-run
-        self.max_new_tokens = self._room(max(map(len, self.held_out + listed)))
+        if task.eval_max_new_tokens is None:
+            self.max_new_tokens = self._room(self.held_out + listed, task.max_new_tokens)
+            self.eval_max_new_tokens = self.max_new_tokens
+        else:
+            trained_on = listed or pair.encode(task.draw(random.Random(0), 1), settings.chat)
+            self.max_new_tokens = self._room(trained_on, task.max_new_tokens)
+            self.eval_max_new_tokens = self._room(self.held_out, task.eval_max_new_tokens)
 
-    def _room(self, prompt: int) -> int:
-        """The longest completion: as asked, or the task's as far as the models' positions reach."""
+    def _room(self, prompts: list[list[int]], usual: int) -> int:
+        """The longest completion: as asked, or the task's usual one as far as the models' positions reach."""
+        prompt = max(map(len, prompts))
         asked, room = self.settings.max_new_tokens, self.pair.longest - prompt
         if room < (asked or 1):
             raise UsageError(
                 f"argument --max-new-tokens: expected at most {room}, as the models have {self.pair.longest} positions"
-                f" and the longest prompt has {prompt} tokens, got {asked or self.task.max_new_tokens}"
+                f" and the longest prompt has {prompt} tokens, got {asked or usual}"
             )
-        return asked or min(self.task.max_new_tokens, room)
+        return asked or min(usual, room)
 
     def _seed(self, purpose: str) -> int:
         return random.Random(f"{self.settings.seed} {purpose} {self.counters.step}").getrandbits(63)
@@ -114,15 +127,28 @@ class Loop:
     def generator(self, purpose: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed(purpose))
 
-    def complete(self, prompts: list[list[int]], seed: int | None = None, each: int = 1) -> Rollouts:
-        """The student's completions: greedy ones, or with a seed `each` of every prompt as the settings draw them."""
+    def complete(
+        self,
+        prompts: list[list[int]],
+        seed: int | None = None,
+        each: int = 1,
+        *,
+        longest: int | None = None,
+        temperature: float | None = None,
+    ) -> Rollouts:
+        """The student's completions: greedy ones, or with a seed `each` of every prompt as the settings draw them.
+
+        At another `temperature` they are drawn among all tokens.
+        """
         settings = self.settings
-        drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        drawn: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        if temperature is not None:
+            drawn = {"temperature": temperature}
         try:
             return sample(
                 self.pair.student.model,
                 prompts,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=longest or self.max_new_tokens,
                 stop_ids=self.pair.stop_ids,
                 pad_id=self.pair.pad_id,
                 vocab_size=self.pair.student.vocab_size,
@@ -277,7 +303,7 @@ class Loop:
         None, and no step, where the gradient is not finite. `correction` multiplies the gradients.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * min(1.0, (self.counters.step + 1) / max(self.settings.warmup, 1))
+            group["lr"] = self.settings.lr_at(self.counters.step)
         self.optimizer.zero_grad(set_to_none=True)
         made = iter(losses)
         for place in range(count):
@@ -295,21 +321,23 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Greedy accuracy on the held-out prompts, and the mean KL(student || teacher) per token along those answers.
+        """Accuracy on the held-out prompts, and the mean KL(student || teacher) per token along those answers.
 
-        Accuracy is None where the task knows no answers; an answer that its judge raises an error on is wrong, and how
-        many there were is told where there were any. The histogram counts those tokens by the student's entropy,
-        in BINS equal bins from 0 to `top`, the entropy of a uniform student.
+        Answers are greedy, or settings.eval_samples of each prompt. Accuracy is the mean of all scores, with its
+        standard error over prompts, and None where the task knows no answers; an answer that its judge raises an error
+        on is wrong, and how many there were is told where there were any. The histogram counts those tokens by the
+        student's entropy, in BINS equal bins from 0 to `top`, the entropy of a uniform student.
         """
-        began, right, nats, rows = time.perf_counter(), 0, 0.0, 0
+        began, nats, rows, each = time.perf_counter(), 0.0, 0, self.settings.eval_samples
         top = math.log(self.pair.student.tokens)
         self.task.errors.clear()
         counts = torch.zeros(BINS, dtype=torch.int64)
+        scores = [0.0] * len(self.held_out)  # of each prompt, all of its samples
         mine = range(self.ranks.rank, len(self.held_out), self.ranks.count)
-        chunk = 4 * self.settings.batch
+        chunk = max(4 * self.settings.batch // each, 1)
         for first in range(0, len(mine), chunk):
             indices = mine[first : first + chunk]
-            rollouts = self.complete([self.held_out[i] for i in indices])
+            rollouts = self.answers(indices)
             heads = [response_head(side, rollouts) for side in (self.pair.student, self.pair.teacher)]
             student, teacher = (replace(head, hidden=head.hidden[rollouts.mask]) for head in heads)
             stats = token_stats(student, teacher, workspace_mib=self.settings.workspace_mib)
@@ -317,24 +345,44 @@ class Loop:
             rows += len(student.hidden)
             counts += _histogram(stats.entropy_s, top)
             if self.task.judge:
-                right += sum(self.judge(rollouts, indices))
-        here = [right, nats, rows, self.task.errors.total(), *counts.tolist()]
-        right, nats, rows, raised, *tally = self.ranks.total(here)
+                of = [index for index in indices for _ in range(each)]
+                for index, score in zip(of, self.judge(rollouts, of), strict=True):
+                    scores[index] += score
+        here = [nats, rows, self.task.errors.total(), *counts.tolist(), *scores]
+        nats, rows, raised, *others = self.ranks.total(here)
+        tally, scores = others[:BINS], others[BINS:]
         self._expect_numbers(nats, sum(tally) == rows)
-        counters, count = self.counters, len(self.held_out)
+        counters = self.counters
         counters.judge_errors = int(raised)
-        counters.end_accuracy = right / count if self.task.judge else None
         counters.end_kl = nats / rows
+        if self.task.judge:
+            counters.end_accuracy = sum(scores) / (len(scores) * each)
+            means = [score / each for score in scores]
+            counters.end_accuracy_se = standard_error(means, [key_of(prompt) for prompt in self.task.held_out])
         if counters.step == 0:
             counters.start_accuracy, counters.start_kl = counters.end_accuracy, counters.end_kl
+            counters.start_accuracy_se = counters.end_accuracy_se
         counters.seconds += time.perf_counter() - began
-        histogram = {"top": top, "counts": [int(count) for count in tally]}
-        row = {"accuracy": counters.end_accuracy, "eval_kl": counters.end_kl, "entropy_histogram": histogram}
+        row: dict[str, Any] = {"accuracy": counters.end_accuracy}
+        row |= {"accuracy_se": counters.end_accuracy_se} if self.task.judge else {}
+        row |= {"eval_kl": counters.end_kl}
+        row["entropy_histogram"] = {"top": top, "counts": [int(count) for count in tally]}
         return row | ({"judge_errors": counters.judge_errors} if counters.judge_errors else {})
 
-    def judge(self, rollouts: Rollouts, indices: Sequence[int]) -> list[bool]:
-        """Whether the completions of these held-out prompts are right."""
-        verdicts = []
+    def answers(self, indices: Sequence[int]) -> Rollouts:
+        """Completions of these held-out prompts, as they are evaluated."""
+        settings, prompts, longest = self.settings, [self.held_out[i] for i in indices], self.eval_max_new_tokens
+        if not settings.eval_temperature:
+            return self.complete(prompts, longest=longest)
+        seed = self.seed(f"evaluation {indices[0]}")
+        return self.complete(
+            prompts, seed, settings.eval_samples, longest=longest, temperature=settings.eval_temperature
+        )
+
+    def judge(self, rollouts: Rollouts, indices: Sequence[int]) -> list[float]:
+        """Where from 0, wrong, to 1, right, the completions of these held-out prompts are."""
+        verdicts: list[float] = []
+        assert self.task.judge
         whole = zip(indices, rollouts.completions, rollouts.mask, rollouts.ended, strict=True)
         for index, completion, mask, ended in whole:
             text = str(self.pair.tokenizer.decode(completion[mask], skip_special_tokens=True))
