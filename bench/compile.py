@@ -144,6 +144,12 @@ def variants() -> dict[str, tuple[Callable[[], object], int]]:
         ),
         "jeffreys bf16 softcap": (lambda: grad(jeffreys, *pair(), **capped), 4),
         "jeffreys bf16 odd stride": (lambda: grad(jeffreys, logits(bf16, ODD), logits(bf16, ODD)), 4),
+        "forward_kl + reverse_kl bf16, gated": (
+            lambda: row_grad(
+                *pair(), vector(), EveryRow(), [t._replace(gate=vector()) for t in terms(jeffreys)], balance=True
+            ),
+            4,
+        ),
         "label_score bf16": (lambda: grad("label_score", *pair(), label=label), 4),
         "reverse_kl bf16 cross-entropy": (lambda: grad("reverse_kl", *pair(), label=cross_entropy), 4),
         **{f"{name} bf16": (partial(grad, name, *pair()), 4) for name in ("hellinger_sq", "renyi", "alpha_beta")},

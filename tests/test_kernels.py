@@ -855,6 +855,7 @@ def test_committed_table_has_no_spill_and_meets_the_targets():
 def test_compiled_kernels_do_not_regress(tmp_path):
     committed = {key(row): row for row in json.loads(TABLE.read_text())}
     rows = compiled_rows(tmp_path, ["sm_90", "sm_100", "gfx942"], ["pair bf16", "jeffreys bf16"])
+    rows = [row for row in rows if row["kernel"] != "entry_kernel"]  # one for all variants of an output's dtype
     assert len(rows) == 9
     for row in rows:
         was = committed[key(row)]
