@@ -157,7 +157,8 @@ def differentiated(
 
 def _zero(measured: Fields) -> Tensor:
     """(S,) 0, but NaN in a NaN row."""
-    return 0.0 * (measured["logsum_s"] + measured["logsum_t"])
+    of_s, of_t = measured["logsum_s"], measured["logsum_t"]
+    return torch.zeros_like(of_s).masked_fill(of_s.isnan() | of_t.isnan(), math.nan)
 
 
 def _scaled_loss(objective: Objective, measured: Fields, value: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
