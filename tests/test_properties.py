@@ -470,7 +470,7 @@ class Problem:
         if self.gates is not None:
             second = self.value_of(self.second, z_s, dtype, mended=mended)
             broken = torch.zeros_like(value, dtype=torch.bool) if mended else self.broken()[0] | self.broken()[1]
-            if isinstance(teacher, tip.TopK):  # a list of which the student bans all has no renormalised distribution
+            if isinstance(self.teacher, tip.TopK):  # a list of which the student bans all cannot be renormalised
                 broken = broken | value.isnan()
             value = ref.gated([value, second], self.gates, broken)
         return value if self.case.clip is None else clipped(value, self.case.clip)
