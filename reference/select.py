@@ -405,6 +405,51 @@ def select_position_prefix(stats: Stats, keep: float | int, *, row_mask: Tensor 
     return _keep_largest(stats, {i: -i for i in valid_rows(stats, [], row_mask)}, keep, **scope)
 
 
+def select_position_suffix(stats: Stats, keep: float | int, *, row_mask: Tensor | None = None, **scope) -> Tensor:
+    """R45: the latest unmasked rows; it reads no statistic."""
+    return _keep_largest(stats, {i: i for i in valid_rows(stats, [], row_mask)}, keep, **scope)
+
+
+def filter_rollouts(
+    stats: Stats,
+    by: str,
+    drop: float | int,
+    *,
+    largest: bool = False,
+    row_mask: Tensor | None = None,
+    rollout_ids: Tensor | None = None,
+) -> Tensor:
+    """R44: the rows of rollouts whose mean is not among the lowest (or largest)."""
+    x, bound = _column(stats, by), 2.0**16
+    rollouts = groups(valid_rows(stats, [by], row_mask), rollout_ids, "rollout")
+    rollouts = [rows for rows in rollouts if rows]
+    means = [Fraction(sum(Fraction(max(-bound, min(bound, x[i]))) for i in rows)) / len(rows) for rows in rollouts]
+    some = len(rollouts)
+    count = max(0, min(drop, some - 1)) if isinstance(drop, int) else math.floor(drop * some + 1e-6)
+    order = sorted(range(len(rollouts)), key=lambda r: (-means[r] if largest else means[r], -rollouts[r][0]))
+    return _mask(len(x), [i for r in order[count:] for i in rollouts[r]])
+
+
+def until_drift(
+    stats: Stats,
+    threshold: float,
+    by: str,
+    n: int = 1,
+    *,
+    row_mask: Tensor | None = None,
+    rollout_ids: Tensor | None = None,
+) -> Tensor:
+    """R46: of each rollout, the rows before its n-th one below the threshold."""
+    x, kept = _column(stats, by), []
+    for rows in groups(valid_rows(stats, [by], row_mask), rollout_ids, "rollout"):
+        seen = 0
+        for i in rows:
+            seen += x[i] < threshold
+            if seen < n:
+                kept.append(i)
+    return _mask(len(x), kept)
+
+
 def quadrants(stats: Stats, row_mask: Tensor | None = None, *, entropy: Cut = 0.3, divergence: Cut = 0.1) -> Tensor:
     """R36: (N,) int8, 1 uncertain and wrong, 2 uncertain, 3 overconfident and wrong, 4 solved, 0 masked or NaN."""
     valid = valid_rows(stats, ["entropy_s", "kl_rev"], row_mask)

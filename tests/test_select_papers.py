@@ -12,9 +12,12 @@ from torch import Tensor
 
 import tip_kernels as tip
 from reference import select as ref
-from tests._cases import INF, NAN, labels_for, ordinary
+from tests._cases import INF, NAN, distill, head_case, labels_for, ordinary
 from tip_kernels.select.papers import CrossEntropyRatio, EntropyGap, GreedyAgreement, PositionPrefix, Teachability
+from tip_kernels.select.rollouts import FilterRollouts, PositionSuffix, UntilDrift
 from tip_kernels.select.rule import QuotaRule
+from tip_kernels.select.tip import TopEntropy
+from tip_kernels.stats import TOP_FIELDS
 
 checked = settings(deadline=None, max_examples=60, derandomize=True)
 FIELDS = ("entropy_s", "entropy_t", "kl_fwd", "kl_rev", "logp_s", "logp_t", "mass_t_on_top_s", "rank_t_of_argmax_s")
@@ -30,7 +33,11 @@ RULES = [
     GreedyAgreement(other_weight=0.25),
     PositionPrefix(3),
     PositionPrefix(0.5),
+    PositionSuffix(3),
+    FilterRollouts("kl_rev", 0.5),
+    UntilDrift(0.5),
 ]
+JOINED = [*RULES, PositionPrefix(0.8) & EntropyGap(0.5, weighted=True)]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 
@@ -94,8 +101,62 @@ def test_quota_rules_agree_with_the_reference(batch, quota):
     for rule, expected in (
         (EntropyGap(keep, **how), ref.select_entropy_gap(columns, keep, **where, **how)),
         (PositionPrefix(keep, **how), ref.select_position_prefix(columns, keep, **where, **how)),
+        (PositionSuffix(keep, **how), ref.select_position_suffix(columns, keep, **where, **how)),
     ):
         assert torch.equal(rule(stats, **where).mask, expected), rule
+
+
+@checked
+@given(batches(), st.sampled_from(["kl_rev", "entropy_s", "logp_s"]), st.sampled_from([0, 1, 2, 0.0, 0.4, 0.7]))
+def test_rules_over_rollouts_agree_with_the_reference(batch, by, drop):
+    stats, where = batch
+    columns = as_dict(stats)
+    for largest in (False, True):
+        kept = FilterRollouts(by, drop, largest=largest)(stats, **where).mask
+        assert torch.equal(kept, ref.filter_rollouts(columns, by, drop, largest=largest, **where))
+    for n in (1, 3):
+        kept = UntilDrift(0.4, by, n)(stats, **where).mask
+        assert torch.equal(kept, ref.until_drift(columns, 0.4, by, n, **where))
+
+
+@checked
+@given(batches(), quotas(), st.sampled_from(JOINED), st.sampled_from(JOINED))
+def test_two_rules_choose_by_the_second_among_the_rows_of_the_first(batch, quota, first, second):
+    stats, where = batch
+    if len({rule.top_k for rule in (first, second) if rule.needs & TOP_FIELDS}) > 1:
+        with pytest.raises(ValueError, match=r"^second: expected a rule that reads the top_k of the first"):
+            first & second
+        return
+    both, among = (first & second)(stats, **where), first(stats, **where)
+    alone = second(stats, row_mask=among.mask, rollout_ids=where.get("rollout_ids"))
+    assert torch.equal(both.mask, alone.mask) and torch.equal(both.scores, alone.scores)
+    weights = torch.ones(len(alone.mask))
+    for kept in (among, alone):
+        weights = weights if kept._weights is None else weights * kept._weights
+    assert both._weights is None or torch.equal(both._weights, torch.where(both.mask, weights, 0.0))
+    assert (both._weights is None) == (among._weights is None and alone._weights is None)
+    assert both.mask.sum() <= (first & second).capacity(len(alone.mask), 3)
+
+
+def test_a_rule_is_joined_to_rules_of_one_process_alone():
+    with pytest.raises(ValueError, match=r"^second: expected a selection rule, of scope 'rollout' or 'batch'"):
+        PositionPrefix(3) & PositionPrefix(2, scope="global")
+    with pytest.raises(TypeError):
+        PositionPrefix(3) & 0.5
+
+
+@pytest.mark.parametrize("sweeps", [None, 2])
+def test_distill_learns_from_the_rows_that_two_rules_keep(sweeps):
+    """Two rollouts of four, then half of their tokens; a rule over rollouts reads what distill measures for it."""
+    student, teacher = (head_case(24, 50, 8, seed=seed) for seed in (1, 2))
+    student = student.leaves()
+    ids = torch.arange(24) // 6
+    rule = FilterRollouts("kl_rev", 2) & TopEntropy(0.5)
+    out = distill(student.head, teacher.head, select=rule, rollout_ids=ids, sweeps=sweeps, full_stats=True)
+    assert torch.equal(out.kept.mask, rule(out.stats, rollout_ids=ids).mask)
+    assert out.kept.mask.view(4, 6).sum(1).tolist().count(3) == 2 and int(out.plan.kept_rows) == 6
+    out.loss.backward()
+    assert torch.equal(student.hidden.grad.any(1), out.kept.mask)
 
 
 @checked
@@ -223,7 +284,8 @@ def test_broken_rows_are_in_no_population_that_reads_them():
     stats = tip.token_stats(s, t, labels=torch.zeros(6, dtype=torch.int64), top_k=16)
     for rule in RULES:
         kept = rule(stats)
-        broken = [False] * 6 if isinstance(rule, PositionPrefix) else [False, True, True, False, False, False]
+        reads_nothing = isinstance(rule, (PositionPrefix, PositionSuffix))
+        broken = [False] * 6 if reads_nothing else [False, True, True, False, False, False]
         assert kept.scores.isneginf().tolist() == broken, rule
         assert not rule.needs or not kept.mask[1:3].any()
 

@@ -39,6 +39,7 @@ from tip_kernels.select.papers import (
     TopMargin,
 )
 from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rollouts import FilterRollouts, PositionSuffix, UntilDrift
 from tip_kernels.select.rule import KeepAll, Kept, RandomRows, Rule, SoftOr, Threshold
 from tip_kernels.select.tip import Overconfident, SampleEntropy, TopDivergence, TopEntropy
 from tip_kernels.sources.pair import Head
@@ -55,6 +56,7 @@ __all__ = [
     "Divergence",
     "EntropyGap",
     "Execution",
+    "FilterRollouts",
     "ForwardKL",
     "Gated",
     "GradFilter",
@@ -67,6 +69,7 @@ __all__ = [
     "Overconfident",
     "Plan",
     "PositionPrefix",
+    "PositionSuffix",
     "RandomRows",
     "Renyi",
     "ReverseKL",
@@ -86,6 +89,7 @@ __all__ = [
     "TopHellinger",
     "TopK",
     "TopMargin",
+    "UntilDrift",
     "adakd",
     "backend",
     "difficulty_temperature",

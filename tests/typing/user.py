@@ -31,6 +31,7 @@ def rules(generator: torch.Generator) -> list[tip.Rule]:
         tip.Overconfident(0.5, entropy_below=("quantile", 0.5)), tip.SampleEntropy(0.5, generator=generator),
         tip.TopHellinger(0.5, scope="batch"), tip.TopMargin(0.5), tip.EntropyGap(0.5, weighted=True),
         tip.CrossEntropyRatio(0.5), tip.Teachability(0.5), tip.GreedyAgreement(5), tip.PositionPrefix(2),
+        tip.PositionSuffix(2), tip.UntilDrift(by="kl_rev", n=2), tip.FilterRollouts("kl_rev", 0.5) & tip.SoftOr(0.5),
         tip.RandomRows(0.5, generator=generator), tip.Threshold("kl_rev", above=0.0),
     ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tip_kernels.doctor.cases import TOP_K, Case, Compared, Source, exact
 from tip_kernels.learn import divergences
 from tip_kernels.learn.divergence_loss import divergence_loss
 from tip_kernels.learn.divergences import TVD, ForwardKL, ReverseKL
+from tip_kernels.learn.gated import Gated
 from tip_kernels.learn.grad_filter import GradFilter
 from tip_kernels.measure.token_stats import token_stats
 from tip_kernels.select import weights
@@ -35,6 +37,7 @@ from tip_kernels.select.papers import (
     TopMargin,
 )
 from tip_kernels.select.quadrants import quadrants
+from tip_kernels.select.rollouts import FilterRollouts, PositionSuffix, UntilDrift
 from tip_kernels.select.rule import KeepAll, RandomRows, Rule, SoftOr, Threshold
 from tip_kernels.select.tip import Overconfident, SampleEntropy, TopDivergence, TopEntropy
 from tip_kernels.sources.topk import TopK
@@ -175,8 +178,21 @@ def _gumbel(x: Values, rows: list[int], draw: torch.Generator) -> list[float]:
 
 
 KEEP = 0.4
-# (rule of a generator, its score of (values, rows of the population, a generator), eligible or None for all)
-RULES: dict[str, tuple[Callable, Callable, Callable | None]] = {
+
+
+class OverRollouts(NamedTuple):
+    """Which rows a rule keeps of the rows of each rollout."""
+
+    keeps: Callable[[Values, list[list[int]]], list[int]]
+
+
+def _mean(values: list[float], rows: list[int]) -> float:
+    return sum(values[i] for i in rows) / len(rows)
+
+
+# (rule of a generator, its score of (values, rows of the population, a generator), and what may be kept, None for all:
+# of (values, a row), or OverRollouts of (values, the population's rows of each rollout))
+RULES: dict[str, tuple[Callable, Callable, Callable | OverRollouts | None]] = {
     "KeepAll": (lambda g: KeepAll(), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
     "TopEntropy": (lambda g: TopEntropy(KEEP), lambda x, rows, g: x["entropy_s"], None),
     "TopDivergence": (lambda g: TopDivergence(KEEP), lambda x, rows, g: x["kl_rev"], None),
@@ -209,6 +225,27 @@ RULES: dict[str, tuple[Callable, Callable, Callable | None]] = {
         lambda x, i: x["rank_t_of_argmax_s"][i] < TOP_K,
     ),
     "PositionPrefix": (lambda g: PositionPrefix(2), lambda x, rows, g: [0.0] * len(x["lse_s"]), None),
+    "PositionSuffix": (
+        lambda g: PositionSuffix(2),
+        lambda x, rows, g: [float(sum(row <= i for row in rows)) for i in range(len(x["lse_s"]))],
+        None,
+    ),
+    "FilterRollouts": (
+        lambda g: FilterRollouts("entropy_s", 1),
+        lambda x, rows, g: x["entropy_s"],
+        OverRollouts(
+            lambda x, rollouts: [i for r in sorted(rollouts, key=lambda r: _mean(x["entropy_s"], r))[1:] for i in r]
+        ),
+    ),
+    "UntilDrift": (
+        lambda g: UntilDrift(4.0, "entropy_s", n=2),
+        lambda x, rows, g: x["entropy_s"],
+        OverRollouts(
+            lambda x, rollouts: [
+                i for rows in rollouts for i in rows if sum(x["entropy_s"][j] < 4.0 for j in rows if j <= i) < 2
+            ]
+        ),
+    ),
     "RandomRows": (lambda g: RandomRows(KEEP, generator=g), lambda x, rows, g: _uniform(x, g), None),
     "SampleEntropy": (lambda g: SampleEntropy(KEEP, generator=g), _gumbel, None),
     "Threshold": (
@@ -235,7 +272,7 @@ def _rule(name: str, case: Case) -> Iterator[Compared]:
     known = [not any(math.isnan(x[field][i]) for field in rule.needs) for i in range(case.n_rows)]
     rows = [i for i in range(case.n_rows) if case.mask[i] and known[i]]
     scores = score(x, rows, theirs)
-    allowed = [eligible is None or eligible(x, i) for i in range(case.n_rows)]
+    allowed = _allowed(eligible, x, rows, case.rollouts.tolist())
     keep = getattr(rule, "keep", None)
     if keep is None:  # no quota
         expected = [i in rows and allowed[i] for i in range(case.n_rows)]
@@ -245,6 +282,13 @@ def _rule(name: str, case: Case) -> Iterator[Compared]:
     inside = torch.tensor(rows)
     right = torch.tensor(scores, dtype=torch.float64)[inside]
     yield Compared("scores", kept.scores.cpu()[inside], right, right.float())
+
+
+def _allowed(eligible: Callable | OverRollouts | None, x: Values, rows: list[int], rollouts: list[int]) -> list[bool]:
+    if not isinstance(eligible, OverRollouts):
+        return [eligible is None or eligible(x, i) for i in range(len(rollouts))]
+    left = eligible.keeps(x, [[i for i in rows if rollouts[i] == r] for r in sorted(set(rollouts))])
+    return [i in left for i in range(len(rollouts))]
 
 
 def _counts_in_float64(device: torch.device) -> None:
@@ -295,6 +339,21 @@ def _sum_and_clip(case: Case) -> Iterator[Compared]:
         lp = case.log_probs(z_s, z_t, temperature=False)
         parts = (truth.DIVERGENCES[name][1](*lp, case.sampled) for name in ("ForwardKL", "TVD"))
         return (0.5 * next(parts) + 0.25 * next(parts)).clamp(max=2.0)
+
+    yield from case.logits.compared(loss, leaves, right)
+
+
+def _gated(case: Case) -> Iterator[Compared]:
+    leaves, student, teacher = case.logits.on(case.device, grad=True)
+    gate = torch.arange(case.n_rows) % 3 / 2
+    divergence = Gated({ForwardKL(): gate.to(case.device), TVD(): 0.25})
+    loss = divergence_loss(student, teacher, divergence=divergence)
+    loss.sum().backward()
+
+    def right(z_s: Tensor, z_t: Tensor) -> Tensor:
+        lp = case.log_probs(z_s, z_t, temperature=False)
+        parts = (truth.DIVERGENCES[name][1](*lp, case.sampled) for name in ("ForwardKL", "TVD"))
+        return gate * next(parts) + 0.25 * next(parts)
 
     yield from case.logits.compared(loss, leaves, right)
 
@@ -507,6 +566,7 @@ CHECKS: dict[str, Check] = {
     },
     "divergence_loss ReverseKL, bfloat16 Head": partial(_learn, "ReverseKL", "bfloat16 Head"),
     "divergence_loss of a clipped sum": _sum_and_clip,
+    "divergence_loss Gated": _gated,
     **{f"divergence_loss TopK, {tail}": partial(_listed_teacher, tail) for tail in ("bucket", "ignore", "renormalize")},
     "distill, one sweep": partial(_distill, "one sweep", select=KeepAll(), execution=Execution(sweeps=1)),
     "distill, two sweeps": partial(_distill, "two sweeps", select=SoftOr(KEEP), execution=Execution(sweeps=2)),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tip_kernels._checks import expect, flat_rows, is_int, refuse
 from tip_kernels.distributed import collectives
-from tip_kernels.stats import STATISTICS, TokenStats, how_to_measure
+from tip_kernels.stats import STATISTICS, TOP_FIELDS, TokenStats, how_to_measure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,6 +83,10 @@ class Rule:
     """
 
     needs = frozenset()
+
+    def __and__(self, other: Rule) -> Both:
+        """`a & b` chooses by b among the rows that a keeps."""
+        return Both(self, other) if isinstance(other, Rule) else NotImplemented
 
     def __init_subclass__(cls) -> None:
         cls.__hash__ = Rule.__hash__  # set, so that dataclass makes none
@@ -157,6 +161,55 @@ class Rule:
     ) -> tuple[Tensor, Tensor | None]:
         """mask (N,) bool and weights (N,) fp32 or None. Without a quota every eligible row is kept."""
         return self._eligible(values, population), None
+
+
+@dataclass(frozen=True)
+class Both(Rule):
+    """Chooses by the second rule among the rows that the first keeps; R43. Written `first & second`.
+
+    The rows that the first keeps are the population of the second: its quotas and normalisations are of them alone, and
+    the scores are its own. Weights of both are multiplied.
+
+    Args:
+        first: A rule of any scope but "global".
+        second: The same.
+
+    Raises:
+        ValueError: Naming the argument, for anything else, and for two rules that read top k tokens of another k.
+    """
+
+    first: Rule
+    second: Rule
+
+    def __post_init__(self):
+        for name in ("first", "second"):
+            rule = getattr(self, name)
+            if not isinstance(rule, Rule) or spans_ranks(rule):
+                refuse(name, "a selection rule, of scope 'rollout' or 'batch'", rule)
+        tops = [getattr(rule, "top_k", 0) for rule in (self.first, self.second) if rule.needs & TOP_FIELDS]
+        if len(set(tops)) > 1:
+            refuse("second", "a rule that reads the top_k of the first, {}", tops[1], tops[0])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.first.needs | self.second.needs
+
+    @property
+    def top_k(self) -> int:
+        """The k of the statistics of top k tokens that either reads, 0 for none."""
+        return next((getattr(rule, "top_k", 0) for rule in (self.first, self.second) if rule.needs & TOP_FIELDS), 0)
+
+    def capacity(self, n_rows: int, n_groups: int | None = None) -> int:
+        return min(self.first.capacity(n_rows, n_groups), self.second.capacity(n_rows, n_groups))
+
+    def _kept(self, stats, row_mask, rollout_ids):
+        among = self.first(stats, row_mask, rollout_ids)
+        kept = self.second(stats, among.mask, rollout_ids)
+        weights = [w for w in (among._weights, kept._weights) if w is not None]
+        if not weights:
+            return kept
+        product = torch.where(kept.mask, math.prod(weights, start=torch.ones_like(weights[0])), 0.0)
+        return Kept(kept.mask, kept.scores, product)
 
 
 @dataclass(frozen=True)
