@@ -138,6 +138,13 @@ def test_two_rules_choose_by_the_second_among_the_rows_of_the_first(batch, quota
     assert both.mask.sum() <= (first & second).capacity(len(alone.mask), 3)
 
 
+def test_of_rollouts_whose_means_tie_the_earlier_stays():
+    stats = stats_of(kl_rev=[1.0, 3.0, 2.0, 2.0, 4.0, 5.0])
+    ids = torch.tensor([7, 7, 3, 3, 5, 5])
+    for largest, left in ((False, [0, 1, 4, 5]), (True, [0, 1, 2, 3])):
+        assert FilterRollouts("kl_rev", 1, largest=largest)(stats, rollout_ids=ids).row_ids.tolist() == left
+
+
 def test_a_rule_is_joined_to_rules_of_one_process_alone():
     with pytest.raises(ValueError, match=r"^second: expected a selection rule, of scope 'rollout' or 'batch'"):
         PositionPrefix(3) & PositionPrefix(2, scope="global")
