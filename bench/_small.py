@@ -77,9 +77,18 @@ def _rows(move: Move, z_s: Tensor, z_t: Tensor) -> dict[str, Tensor]:
 
 
 def _grad(
-    kind: str, dtype: torch.dtype, move: Move, vocab: int, *, scatter: bool = False, label: bool = False
+    kind: str,
+    dtype: torch.dtype,
+    move: Move,
+    vocab: int,
+    *,
+    scatter: bool = False,
+    label: bool = False,
+    balance: bool = False,
 ) -> float:
     z_s, z_t = (z.masked_fill(z.isneginf(), -30) for z in _pair(dtype, vocab))
+    if balance:  # rows that are sure of a token
+        z_s[:3, 7] = 25.0
     params = {"renyi": (0.5,), "alpha_beta": (0.5, 0.5)}.get(kind, ())
     term = Term(1.0, kind, params, _rows(move, z_s, z_t))
     stats = row_stats(move(z_s), move(z_t))
@@ -95,6 +104,7 @@ def _grad(
     ours = row_grad(
         move(z_s), move(z_t), move(upstream), stats, [term],
         label=labels, row_ids=None if ids is None else move(ids), out=out, scatter=scatter,
+        balance=balance,
     )  # fmt: skip
     leaf = z_s.double().requires_grad_()
     value = getattr(divergences, kind)(leaf, z_t.double(), *params)
@@ -147,6 +157,7 @@ def cases(dry_run: bool = False) -> dict[str, Callable[[Move, int], float]]:
         f"{fold}: scale and softcap": partial(_fold, bf16, teacher=False, scale_s=0.5, softcap_s=20.0),
         "grad_kernel: forward_kl": partial(_grad, "forward_kl", fp32),
         "grad_kernel: reverse_kl bf16": partial(_grad, "reverse_kl", bf16),
+        "grad_kernel entry_kernel: reverse_kl, sure": partial(_grad, "reverse_kl", fp32, balance=True),
         "grad_kernel: scattered hellinger_sq": partial(_grad, "hellinger_sq", fp32, scatter=True),
         "grad_kernel: renyi with labels": partial(_grad, "renyi", fp32, label=True),
         "grad_kernel: alpha_beta": partial(_grad, "alpha_beta", fp32),

@@ -270,7 +270,7 @@ def test_step_measures_ours_and_holds_it_to_its_targets(tmp_path):
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "step.json").read_text())
     rows = {row["step"]: row for row in found["rows"]}
-    assert len(rows) == 6 and all(row["time_ms"] > 0 for row in rows.values())
+    assert len(rows) == 8 and all(row["time_ms"] > 0 for row in rows.values())
     assert rows["ours, all tokens"]["loss"] == pytest.approx(rows["dense eager"]["loss"], rel=1e-5)
     assert {"dense eager over ours at 0.2", "worst |planned / measured - 1|"} <= {v["target"] for v in found["targets"]}
     for v in found["targets"]:

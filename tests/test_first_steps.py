@@ -110,7 +110,8 @@ def test_a_run_without_a_right_answer_points_at_the_kl(capsys):
     from tip_kernels.opd.report import print_table
 
     result = {
-        "start_accuracy": 0.0, "end_accuracy": 0.0, "start_kl": 0.6, "end_kl": 0.5, "skipped_steps": 0, "steps": 5,
+        "start_accuracy": 0.0, "end_accuracy": 0.0, "start_accuracy_se": 0.0, "end_accuracy_se": 0.0,
+        "start_kl": 0.6, "end_kl": 0.5, "skipped_steps": 0, "steps": 5,
         "rule": "soft_or", "kept_share": 0.2, "seconds": 180.0, "peak_mib": 2861.4, "output": "runs/opd",
     }  # fmt: skip
     print_table(result, "chain_sum", 8, "")
