@@ -25,9 +25,9 @@ KNOWN_BAD: dict[str, tuple[Broken, ...]] = {
 }
 # package: {version: the day on which the suite or its core last passed with it}
 TESTED: dict[str, dict[str, str]] = {
-    "torch": {"2.13.0": "2026-11-29"},
-    "triton": {"3.9.0": "2026-11-29"},
-    "transformers": {"5.23.0": "2026-11-29"},
+    "torch": {"2.13.0": "2026-11-29", "2.10.0": "2026-11-29"},
+    "triton": {"3.9.0": "2026-11-29", "3.6.0": "2026-11-29"},
+    "transformers": {"5.24.0": "2026-11-29", "5.5.4": "2026-11-29"},
     "trl": {"1.16.0": "2026-11-29"},
 }
 
