@@ -861,7 +861,8 @@ def test_compiled_kernels_do_not_regress(tmp_path):
         was = committed[key(row)]
         assert row["spill_bytes"] == row["stack_bytes"] == 0, row
         assert row["load_bits"] == was["load_bits"], row
-        assert row["registers"] <= was["registers"] + 32, (row, was)
+        more = 32 if triton.__version__.startswith("3.9.") else 48
+        assert row["registers"] <= was["registers"] + more, (row, was)
         if row["instr_per_pair"] is not None:
             # the table is 3.9's; 3.6 takes 12 % more, on sm_100, whose packed operations it lacks, 44
             most = 1.1 if triton.__version__.startswith("3.9.") else 1.5 if row["target"] == "sm_100" else 1.25
