@@ -121,7 +121,7 @@ def distill(
             the ranks' losses add up to that of one process. DDP and FSDP average gradients over the ranks: multiply the
             loss by their number.
         workspace_mib: MiB that the call may use beyond inputs, gradients and (N,) tensors; a Head's backward holds
-            d(hidden) of the kept rows once more, in fp32.
+            d(hidden) of the kept rows once more, in fp32, and for a 16-bit weight that learns half as much again.
         execution: How the work is done: see Execution.
 
     Returns:

@@ -76,7 +76,8 @@ def divergence_loss(
             sparse tensor whose indices are the row ids and whose values are (S, V); "inplace", into the logits' own
             storage, which then no longer holds logits. A Head takes "dense" only.
         workspace_mib: MiB that forward and backward may use beyond inputs, gradients and (N,) tensors; a Head's
-            backward holds d(hidden) of the kept rows once more, in fp32.
+            backward holds d(hidden) of the kept rows once more, in fp32, and for a 16-bit weight that learns half as
+            much again.
 
     Returns:
         (S,) fp32, in the order of kept.row_ids.
