@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, is_int
-from tip_kernels.select.rule import QuotaRule, Rule, check_statistic, quantile
+from tip_kernels.select.rule import QuotaRule, Rule, check_measured_top_k, check_statistic, quantile
 from tip_kernels.select.tip import TopDivergence
 
 
@@ -139,8 +139,7 @@ class Teachability(QuotaRule):
         return frozenset({self.by, "mass_t_on_top_s"})
 
     def _check(self, stats):
-        ok = stats._top_k in (0, self.top_k)  # 0: statistics that were not measured here
-        expect(ok, "stats", f"statistics measured with top_k={self.top_k}", stats._top_k)
+        check_measured_top_k(stats, self.top_k)
 
     def _scores(self, values, population):
         d, c = (_between_quantiles(values[name], population) for name in (self.by, "mass_t_on_top_s"))

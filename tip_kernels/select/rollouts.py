@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tip_kernels._checks import expect, finite_number, flag, is_int, refuse
-from tip_kernels.select.rule import QuotaRule, Rule, check_statistic
+from tip_kernels.select.rule import QuotaRule, Rule, check_measured_top_k, check_statistic
 from tip_kernels.select.weights import FIXED_POINT, sums_of_groups
 from tip_kernels.stats import TOP_FIELDS, TokenStats
 
@@ -122,8 +122,8 @@ class UntilDrift(Rule):
         return frozenset({self.by})
 
     def _check(self, stats: TokenStats) -> None:
-        ok = self.by not in TOP_FIELDS or stats._top_k in (0, self.top_k)
-        expect(ok, "stats", f"statistics measured with top_k={self.top_k}", stats._top_k)
+        if self.by in TOP_FIELDS:
+            check_measured_top_k(stats, self.top_k)
 
     def _choose(self, scores, values, population, group):
         drifted = population & (values[self.by] < self.threshold)

@@ -427,6 +427,11 @@ def layout(stats: TokenStats, row_mask: Tensor | None = None) -> tuple[tuple[int
     return shape, row_mask.device
 
 
+def check_measured_top_k(stats: TokenStats, top_k: int) -> None:
+    """Refuses statistics of top k tokens of another k; 0 is of statistics that token_stats did not measure."""
+    expect(stats._top_k in (0, top_k), "stats", f"statistics measured with top_k={top_k}", stats._top_k)
+
+
 def unmasked(row_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if row_mask is None:
         return torch.ones(math.prod(shape), dtype=torch.bool, device=device)

@@ -20,6 +20,7 @@ from tip_kernels._checks import FLOATS, expect, finite_number, flat_rows, is_int
 from tip_kernels.select.rule import (
     Cut,
     check_cut,
+    check_measured_top_k,
     check_statistic,
     layout,
     rollout_of_rows,
@@ -325,8 +326,8 @@ class DriftDecay(Weight):
         return frozenset({self.by})
 
     def _check(self, stats: TokenStats) -> None:
-        ok = self.by not in TOP_FIELDS or stats._top_k in (0, self.top_k)  # 0: not measured by token_stats
-        expect(ok, "stats", f"statistics measured with top_k={self.top_k}", stats._top_k)
+        if self.by in TOP_FIELDS:
+            check_measured_top_k(stats, self.top_k)
 
     def _weigh(self, values: dict[str, Tensor], valid: Tensor, group: Tensor) -> Tensor:
         drifted = (valid & (values[self.by] < self.threshold)).long()
